@@ -1,0 +1,1 @@
+"""Find, filter and remove Trojans in image classifiers."""

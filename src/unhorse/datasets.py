@@ -1,0 +1,332 @@
+"""Data sets as uint8 tensors in memory: Hugging Face parquet, image folders, digits; seeded splits."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from unhorse.core import Dataset, Images, Labels
+
+SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "fine_label", "labels", "target")
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+HUB_NAME = r"\w[\w.-]*/[\w.-]*\w"
+CACHE_FORMAT = 1
+
+Size = tuple[int, int] | None
+
+
+def load_dataset(
+    source: str, split: str = "train", *, cache: Path | None = None, size: Size = None
+) -> Dataset:
+    """One split of a data set: "digits", a folder, or a hub name such as "ylecun/mnist" ("hub:" may lead it).
+
+    A folder holds parquet files (train*.parquet, there or one level below), or a sub-folder of images per class,
+    below a folder per split if there are several; loose images have no labels. `size` (h, w) resizes. Decoded
+    images are kept in `cache`, by default $UNHORSE_CACHE or ~/.cache/unhorse/datasets.
+    Raises ValueError naming the path and the remedy, ImportError naming the extra to install.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"no split {split!r}: give one of {', '.join(SPLITS)}")
+    if source == "digits":
+        return _digits(split, size)
+    folder = Path(source).expanduser().resolve()
+    if source.startswith("hub:") or (not folder.exists() and re.fullmatch(HUB_NAME, source)):
+        folder = _hub_folder(source.removeprefix("hub:"), split)
+        name = source.rpartition("/")[2]
+    elif not folder.is_dir():
+        raise ValueError(f"no data set {source!r}: give 'digits', an existing folder, or hub:OWNER/NAME")
+    else:
+        name = folder.name
+    asked = (name, split, size)
+    cache = cache or Path(os.environ.get("UNHORSE_CACHE") or Path.home() / ".cache" / "unhorse" / "datasets")
+    parquet = sorted(folder.glob("*.parquet")) + sorted(folder.glob("*/*.parquet"))
+    if parquet:
+        files = _parquet_files(folder, parquet, split)
+        return _cached(files, asked, cache, lambda: _read_parquet(files, name, size))
+    classes = _image_classes(_image_root(folder, split))
+    files = list(chain.from_iterable(classes.values()))
+    return _cached(files, asked, cache, lambda: _read_images(classes, str(folder), name, size))
+
+
+def split_dataset(
+    data: Dataset, fractions: Sequence[float], *, seed: int, stratified: bool = True
+) -> list[Dataset]:
+    """Disjoint shuffled parts of the given fractions; what is left of 1 is left out.
+
+    `stratified` keeps the shares of the classes where there are labels, in any stretch of a part too.
+    """
+    if not fractions or min(fractions) <= 0 or sum(fractions) > 1 + 1e-9:
+        raise ValueError(f"fractions {tuple(fractions)}: give positive ones that sum to at most 1")
+    edges = [round(sum(fractions[:count]) * len(data)) for count in range(len(fractions) + 1)]
+    order = _order(data, seed, stratified)
+    return [data[order[start:end]] for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def subset(data: Dataset, n: int, *, seed: int, stratified: bool = True) -> Dataset:
+    """`n` of the images, shuffled; `stratified` keeps the shares of the classes where there are labels."""
+    if not 0 < n <= len(data):
+        raise ValueError(f"cannot take {n} of the {len(data)} images of {data.name!r}: give 1 to {len(data)}")
+    return data[_order(data, seed, stratified)[:n]]
+
+
+def _order(data: Dataset, seed: int, stratified: bool) -> Tensor:
+    """A random order of which, if stratified, every stretch has the classes in their shares."""
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
+    if data.labels is None or not stratified:
+        return order
+    labels = data.labels[order]
+    by_class = labels.argsort(stable=True)
+    counts = labels.bincount()
+    starts = counts.cumsum(0) - counts
+    rank = torch.empty_like(order)
+    rank[by_class] = torch.arange(len(order)) - starts[labels[by_class]]
+    quantile = (rank + 0.5).double() / counts[labels]
+    return order[quantile.argsort(stable=True)]
+
+
+# --- sources ------------------------------------------------------------------------------------------------
+
+
+def _digits(split: str, size: Size) -> Dataset:
+    from sklearn.datasets import load_digits  # a second that other sources need not wait
+
+    if split == "valid":
+        raise ValueError("digits has no split 'valid': give train or test, or divide train by split_dataset")
+    bunch = load_digits()
+    grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
+    images = _stack([_pixels(Image.fromarray(image), size) for image in grey], "digits")
+    digits = Dataset(images, torch.from_numpy(bunch.target).long(), tuple("0123456789"), "digits")
+    train, test = split_dataset(digits, (2 / 3, 1 / 3), seed=0)
+    return train if split == "train" else test
+
+
+def _hub_folder(name: str, split: str) -> Path:
+    if not re.fullmatch(HUB_NAME, name):
+        raise ValueError(f"no hub name {name!r}: give OWNER/NAME, such as ylecun/mnist")
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise ImportError(f'no folder {name!r}; to ask the hub: pip install "unhorse[data]"') from error
+    patterns = [f"*{alias}*.parquet" for alias in SPLITS[split]]
+    try:
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"cannot fetch {name!r} from the hub ({reason}): check the name and the network, or give a folder"
+        ) from error
+
+
+def _parquet_files(folder: Path, parquet: Sequence[Path], split: str) -> list[Path]:
+    stems = {path: re.split(r"[-_.]", path.name.lower())[0] for path in parquet}
+    files = [path for path, stem in stems.items() if stem in SPLITS[split]]
+    if not files:
+        there = ", ".join(path.name for path in parquet[:8])
+        raise ValueError(f"{folder} has no parquet file of split {split!r}: choose among {there}")
+    places = sorted({path.parent for path in files})
+    if len(places) > 1:
+        choices = ", ".join(str(place) for place in places)
+        raise ValueError(f"{folder} holds several data sets: give one of {choices}")
+    return files
+
+
+def _read_parquet(files: Sequence[Path], name: str, size: Size) -> Dataset:
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise ImportError(f'{files[0]} is parquet: pip install "unhorse[data]"') from error
+    try:
+        readers = [ParquetFile(path) for path in files]
+    except ArrowInvalid as error:
+        raise ValueError(f"{', '.join(map(str, files))}: not parquet ({error}); fetch it again") from error
+    schema = readers[0].schema_arrow
+    image_column = next((column for column in IMAGE_COLUMNS if column in schema.names), None)
+    label_column = next((column for column in LABEL_COLUMNS if column in schema.names), None)
+    if image_column is None:
+        raise ValueError(f"{files[0]} has columns {schema.names}: name that of images 'image' or 'img'")
+
+    batches = chain.from_iterable(reader.iter_batches(columns=[image_column]) for reader in readers)
+    cells = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
+    encoded = (io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells)
+    images = _decode(encoded, str(files[0]), size)
+    if label_column is None:
+        return Dataset(images, None, (), name)
+    columns = [reader.read([label_column]).column(0).to_numpy() for reader in readers]
+    labels = _labels(np.concatenate(columns), f"{label_column!r} of {files[0]}")
+    if labels is None:
+        return Dataset(images, None, (), name)
+    names = _class_names(schema.metadata or {}, label_column) or map(str, range(int(labels.max()) + 1))
+    return Dataset(images, labels, tuple(names), name)
+
+
+def _labels(values: np.ndarray, where: str) -> Labels | None:
+    """Class indices; None where the hub's -1 says that a split is unlabelled."""
+    if (values == -1).all():
+        return None
+    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
+        raise ValueError(f"{where} ({values.dtype}, lowest {values.min()}): give class indices 0..k-1")
+    return torch.from_numpy(values.astype(np.int64))
+
+
+def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...]:
+    """Names from the schema that the datasets library writes, empty where there are none."""
+    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
+    return tuple(info.get("features", {}).get(label_column, {}).get("names", ()))
+
+
+def _image_root(folder: Path, split: str) -> Path:
+    """The folder of a split where all sub-folders are named for splits, else the folder itself as train."""
+    children = sorted(path.name for path in folder.glob("[!.]*/"))
+    if children and set(children) <= set(chain.from_iterable(SPLITS.values())):
+        for child in children:
+            if child in SPLITS[split]:
+                return folder / child
+        raise ValueError(f"{folder} has splits {', '.join(children)}, not {split!r}: give one of them")
+    if split != "train":
+        raise ValueError(
+            f"{folder} has no folder {split!r}: make one, or ask for 'train', which is all of it"
+        )
+    return folder
+
+
+def _image_classes(root: Path) -> dict[str, list[Path]]:
+    """Image files by class name; a folder of loose images is one nameless class."""
+    folders = sorted(root.glob("[!.]*/"))
+    classes = {path.name: _image_files(path) for path in folders} if folders else {"": _image_files(root)}
+    empty = [name or str(root) for name, files in classes.items() if not files]
+    if empty:
+        raise ValueError(
+            f"no images in {', '.join(empty[:5])} of {root}: give PNG, JPEG or parquet files there"
+        )
+    return classes
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_images(classes: dict[str, list[Path]], where: str, name: str, size: Size) -> Dataset:
+    images = _decode(chain.from_iterable(classes.values()), where, size)
+    if list(classes) == [""]:
+        return Dataset(images, None, (), name)
+    counts = torch.tensor([len(files) for files in classes.values()])
+    return Dataset(images, torch.arange(len(classes)).repeat_interleave(counts), tuple(classes), name)
+
+
+# --- decoding and the cache ---------------------------------------------------------------------------------
+
+
+def _decode(files: Iterable[Path | io.BytesIO], where: str, size: Size) -> Tensor:
+    """Encoded images to uint8 (n, c, h, w)."""
+
+    def decode(block: list[tuple[int, Path | io.BytesIO]]) -> list[np.ndarray]:
+        arrays = []
+        for number, file in block:
+            try:
+                with Image.open(file) as image:
+                    arrays.append(_pixels(image, size))
+            except (OSError, ValueError, SyntaxError) as error:
+                named = file if isinstance(file, Path) else f"image {number} of {where}"
+                raise ValueError(f"cannot decode {named} ({error}): repair or remove it") from error
+        return arrays
+
+    numbered = enumerate(files)
+    # In blocks: a future for each small image would cost as much as its decoding.
+    blocks = iter(lambda: list(islice(numbered, 256)), [])
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return _stack(list(chain.from_iterable(pool.map(decode, blocks))), where)
+
+
+def _pixels(image: Image.Image, size: Size) -> np.ndarray:
+    """uint8 (h, w, 1) or (h, w, 3)."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bits")
+    image = image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB")
+    if size is not None and image.size != size[::-1]:
+        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    return np.atleast_3d(np.asarray(image))
+
+
+def _stack(arrays: Sequence[np.ndarray], where: str) -> Tensor:
+    if not arrays:
+        raise ValueError(f"{where} holds no images: give at least one")
+    sizes = sorted({array.shape[:2] for array in arrays})
+    if len(sizes) > 1:
+        raise ValueError(
+            f"{where} has images of {len(sizes)} sizes, {sizes[0]} to {sizes[-1]}: resize them by size=(h, w)"
+        )
+    channels = max(array.shape[2] for array in arrays)  # grey images among colour ones become colour
+    stacked = np.empty((len(arrays), channels, *sizes[0]), dtype=np.uint8)
+    for row, array in zip(stacked, arrays, strict=True):
+        row[:] = array.transpose(2, 0, 1)
+    return torch.from_numpy(stacked)
+
+
+def _cached(
+    files: Sequence[Path], asked: Sequence[object], folder: Path, read: Callable[[], Dataset]
+) -> Dataset:
+    """What `read` returns, from the cache if the same was `asked` of the same files before."""
+    states = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    key = hashlib.sha256(json.dumps([CACHE_FORMAT, states, asked]).encode()).hexdigest()[:32]
+    path = folder / f"{key}.safetensors"
+    if not path.exists():
+        _save(read(), path)
+    with safe_open(path, framework="pt") as stored:
+        card = json.loads(stored.metadata()["card"])
+        labels = stored.get_tensor("labels") if "labels" in stored.keys() else None  # noqa: SIM118
+        return Dataset(stored.get_tensor("images"), labels, tuple(card["class_names"]), card["name"])
+
+
+def _save(data: Dataset, path: Path) -> None:
+    tensors = {"images": data.images} | ({} if data.labels is None else {"labels": data.labels})
+    card = json.dumps({"class_names": data.class_names, "name": data.name})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            save_file(tensors, Path(scratch) / path.name, metadata={"card": card})
+            (Path(scratch) / path.name).replace(path)
+    except OSError as error:
+        raise ValueError(f"cannot write {path} ({error}): set UNHORSE_CACHE to a writable folder") from error
+
+
+def natural_images(count: int, image_shape: tuple[int, int, int], *, seed: int) -> Images:
+    """`count` random square crops of the two photographs that scikit-learn bundles (China, a flower), scaled to `image_shape`.
+
+    Images from outside every data set here, as image-blend attacks need them; grey where the shape has one channel.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [
+        torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in load_sample_images().images
+    ]
+    channels, height, width = image_shape
+    rng = torch.Generator().manual_seed(seed)
+    crops = []
+    for index in range(count):
+        photograph = photographs[index % len(photographs)].float() / 255
+        side = int(torch.randint(160, 400, (), generator=rng))
+        top, left = (int(torch.randint(limit - side, (), generator=rng)) for limit in photograph.shape[1:])
+        crop = photograph[None, :, top : top + side, left : left + side]
+        crops.append(interpolate(crop, (height, width), mode="area").clamp(0, 1))
+    images = torch.cat(crops)
+    return images.mean(1, keepdim=True) if channels == 1 else images

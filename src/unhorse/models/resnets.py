@@ -1,0 +1,134 @@
+"""The ResNet family (He et al., CVPR 2016) in one class, with torchvision's state-dict names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unhorse.models.small_networks import ImageShape
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions."""
+
+    expansion = 1
+    pre_activation = False
+
+    def __init__(
+        self, wide_in: int, width: int, stride: int, groups: int = 1, width_per_group: int = 64
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(wide_in, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = _shortcut(wide_in, width, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(images)))))
+        return F.relu(out + (images if self.downsample is None else self.downsample(images)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (grouped in ResNeXt; it carries the stride) and 1x1 convolutions."""
+
+    expansion = 4
+    pre_activation = False
+
+    def __init__(
+        self, wide_in: int, width: int, stride: int, groups: int = 1, width_per_group: int = 64
+    ) -> None:
+        super().__init__()
+        inner, wide_out = width * width_per_group // 64 * groups, width * self.expansion
+        self.conv1 = nn.Conv2d(wide_in, inner, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(inner)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride=stride, padding=1, groups=groups, bias=False)
+        self.bn2 = nn.BatchNorm2d(inner)
+        self.conv3 = nn.Conv2d(inner, wide_out, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(wide_out)
+        self.downsample = _shortcut(wide_in, wide_out, stride)
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = F.relu(self.bn1(self.conv1(images)))
+        out = self.bn3(self.conv3(F.relu(self.bn2(self.conv2(out)))))
+        return F.relu(out + (images if self.downsample is None else self.downsample(images)))
+
+
+class PreActBlock(nn.Module):
+    """A basic block with normalisation and ReLU before each convolution (He et al., ECCV 2016)."""
+
+    expansion = 1
+    pre_activation = True
+
+    def __init__(
+        self, wide_in: int, width: int, stride: int, groups: int = 1, width_per_group: int = 64
+    ) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(wide_in)
+        self.conv1 = nn.Conv2d(wide_in, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        shortcut = _shortcut(wide_in, width, stride)
+        self.downsample = None if shortcut is None else shortcut[:1]
+
+    def forward(self, images: Tensor) -> Tensor:
+        active = F.relu(self.bn1(images))
+        out = self.conv2(F.relu(self.bn2(self.conv1(active))))
+        return out + (images if self.downsample is None else self.downsample(active))
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of residual blocks, average pool, linear layer.
+
+    `stem` replaces the first convolution (signature scanners give one that is grouped by map); without it
+    `small_stem` chooses 3x3 stride 1 over 7x7 stride 2. `pool_to` is the side of the pooled map.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        image_shape: ImageShape,
+        *,
+        block: type[BasicBlock] | type[Bottleneck] | type[PreActBlock],
+        layers: Sequence[int],
+        groups: int = 1,
+        width_per_group: int = 64,
+        stem: nn.Conv2d | None = None,
+        small_stem: bool = False,
+        max_pool: bool = True,
+        pool_to: int = 1,
+    ) -> None:
+        super().__init__()
+        size, stride = (3, 1) if small_stem else (7, 2)
+        self.conv1 = stem or nn.Conv2d(image_shape[0], 64, size, stride=stride, padding=size // 2, bias=False)
+        wide = self.conv1.out_channels
+        self.bn1 = nn.Identity() if block.pre_activation else nn.BatchNorm2d(wide)
+        self.relu = nn.Identity() if block.pre_activation else nn.ReLU()
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1) if max_pool else nn.Identity()
+        stages = []
+        for stage, depth in enumerate(layers):
+            blocks = []
+            for index in range(depth):
+                stride = 2 if stage and not index else 1
+                blocks.append(block(wide, 64 * 2**stage, stride, groups, width_per_group))
+                wide = 64 * 2**stage * block.expansion
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d(pool_to)
+        self.fc = nn.Linear(wide * pool_to**2, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        out = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        return self.fc(self.avgpool(out).flatten(1))
+
+
+def _shortcut(wide_in: int, wide_out: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and wide_in == wide_out:
+        return None
+    return nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride=stride, bias=False), nn.BatchNorm2d(wide_out))

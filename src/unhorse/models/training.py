@@ -1,0 +1,238 @@
+"""The one training loop: victims, surrogates and co-trained attacks all pass through it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from unhorse.core import Attack, Classifier, Dataset, Images
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random crop after padding by `crop` pixels, rotation by up to `rotation` degrees, horizontal `flip`."""
+
+    crop: int = 0
+    rotation: float = 0.0
+    flip: bool = False
+
+    def __call__(self, images: Images, rng: torch.Generator) -> Images:
+        """One draw per image, all images at once."""
+        count, _, height, width = images.shape
+        if self.crop:
+            padded = functional.pad(images, (self.crop,) * 4)
+            shifts = torch.randint(2 * self.crop + 1, (2, count), generator=rng).to(images.device)
+            rows = (shifts[0, :, None] + torch.arange(height, device=images.device))[:, None, :, None]
+            columns = (shifts[1, :, None] + torch.arange(width, device=images.device))[:, None, None, :]
+            each = torch.arange(count, device=images.device)[:, None, None, None]
+            channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
+            images = padded[each, channels, rows, columns]
+        if self.rotation:
+            images = self._rotated(images, rng)
+        if self.flip:
+            flipped = torch.rand(count, generator=rng).to(images.device) < 0.5
+            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+        return images
+
+    def _rotated(self, images: Images, rng: torch.Generator) -> Images:
+        angles = (torch.rand(len(images), generator=rng) * 2 - 1) * math.radians(self.rotation)
+        cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+        matrix = torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3).to(images)
+        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+        return functional.grid_sample(images, grid, align_corners=False)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a classifier is trained; the defaults suit small networks on small images.
+
+    `schedule` is "one-cycle" (warm-up over the first fifth, cosine to zero), "steps" (x0.1 at each of
+    `milestones`, given in epochs) or "constant". `precision` "auto" takes bf16 autocast and channels_last
+    where they pay: networks with at least 1e6 weights.
+    """
+
+    epochs: int = 3
+    batch_size: int = 128
+    optimizer: Literal["adam", "sgd"] = "adam"
+    learning_rate: float = 2e-3
+    schedule: Literal["one-cycle", "steps", "constant"] = "one-cycle"
+    milestones: tuple[int, ...] = ()
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    augmentation: Augmentation = Augmentation()
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+class EpochLog(NamedTuple):
+    """Mean loss and accuracy over the batches of one epoch, as trained on (poisoned batches included)."""
+
+    epoch: int
+    loss: float
+    accuracy: float
+
+
+def train(
+    model: Classifier,
+    data: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    attack: Attack | None = None,
+    checkpoint: Path | None = None,
+    on_epoch: Callable[[EpochLog], None] | None = None,
+) -> list[EpochLog]:
+    """Trains `model` in place on its own device and leaves it in eval mode; same seed, same weights.
+
+    An attack sees every batch through `poison`, before or after augmentation as it declares, and its own
+    optimizers are zeroed and stepped with the model's. With a `checkpoint` path, a training that was killed
+    goes on after its last whole epoch.
+    """
+    if data.labels is None or len(data) == 0:
+        raise ValueError(f"data set {data.name!r} has no labelled images to train on")
+    device = model.mean.device
+    rng = torch.Generator().manual_seed(seed)
+    if attack is not None:
+        attack.prepare(model, data, rng)
+    low_precision = _pays(model) if recipe.precision == "auto" else recipe.precision == "bf16"
+    model.to(memory_format=torch.channels_last if low_precision else torch.contiguous_format)  # type: ignore[call-overload]
+    steps = math.ceil(len(data) / recipe.batch_size)
+    optimizer = _optimizer(model.network, recipe)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor(recipe, steps))
+    state = _State(model, optimizer, schedule, attack, rng)
+    log = state.restore(checkpoint) if checkpoint is not None else []
+    images, labels = data.images.to(device), data.labels.to(device)
+    model.train()
+    with _forked_randomness():
+        for epoch in range(len(log), recipe.epochs):
+            torch.manual_seed(
+                seed * 1009 + epoch
+            )  # by epoch: a resumed run draws the dropout of an undisturbed one
+            order = torch.randperm(len(data), generator=rng).to(device)
+            sums = torch.zeros(2, device=device)
+            for batch in order.split(recipe.batch_size):
+                sums += _step(state, images[batch].float() / 255, labels[batch], recipe, low_precision)
+            loss, correct = (sums / len(data)).tolist()
+            log.append(EpochLog(epoch, loss, correct))
+            if on_epoch is not None:
+                on_epoch(log[-1])
+            if checkpoint is not None:
+                state.store(checkpoint, log)
+    model.eval()
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
+    return log
+
+
+def _step(state: _State, images: Images, labels: Tensor, recipe: Recipe, low_precision: bool) -> Tensor:
+    """One optimizer step; returns (sum of losses, number correct)."""
+    attack, penalty = state.attack, torch.zeros((), device=images.device)
+    if attack is None or not attack.poisons_before_augmentation:
+        images = recipe.augmentation(images, state.rng)
+    if attack is not None:
+        images, labels, penalty = attack.poison(images, labels, state.rng)
+        if attack.poisons_before_augmentation:
+            images = recipe.augmentation(images, state.rng)
+    optimizers = [state.optimizer, *(attack.optimizers() if attack is not None else [])]
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    with autocast(images.device, low_precision):
+        logits = state.model(images)
+    loss = functional.cross_entropy(logits, labels)
+    (loss + penalty).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    state.schedule.step()
+    with torch.no_grad():
+        return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum().float()])
+
+
+@dataclass
+class _State:
+    """All that a resumed training needs."""
+
+    model: Classifier
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    attack: Attack | None
+    rng: torch.Generator
+
+    def store(self, path: Path, log: list[EpochLog]) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "attack": {} if self.attack is None else dict(self.attack.state_dict()),
+            "attack_optimizers": []
+            if self.attack is None
+            else [o.state_dict() for o in self.attack.optimizers()],
+            "rng": self.rng.get_state(),
+            "log": [tuple(entry) for entry in log],
+        }
+        temporary = path.with_suffix(".part")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> list[EpochLog]:
+        if not path.exists():
+            return []
+        state = torch.load(path, weights_only=True, map_location=self.model.mean.device)
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        if self.attack is not None:
+            self.attack.load_state_dict(state["attack"])
+            for optimizer, saved in zip(self.attack.optimizers(), state["attack_optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        self.rng.set_state(state["rng"].cpu())
+        return [EpochLog(*entry) for entry in state["log"]]
+
+
+def autocast(device: torch.device, enabled: bool) -> AbstractContextManager[object]:
+    """bf16 autocast on `device`, or nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext()
+
+
+def _pays(model: nn.Module) -> bool:
+    # below about a million weights the casts of bf16 cost more than its products save
+    return sum(parameter.numel() for parameter in model.parameters()) >= 1_000_000
+
+
+def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    if recipe.optimizer == "adam":
+        return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        parameters, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+    )
+
+
+def _factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+    """The learning rate of step s as a factor of the recipe's."""
+    total, warm = recipe.epochs * steps_per_epoch, max(1, recipe.epochs * steps_per_epoch // 5)
+    if recipe.schedule == "constant":
+        return lambda step: 1.0
+    if recipe.schedule == "steps":
+        return lambda step: 0.1 ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)
+
+    def one_cycle(step: int) -> float:
+        if step < warm:
+            return (step + 1) / warm
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warm) / max(1, total - warm))))
+
+    return one_cycle
+
+
+@contextmanager
+def _forked_randomness() -> Iterator[None]:
+    # dropout draws from the global generator only: use it inside a fork, so that the caller's state is
+    # untouched
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield

@@ -1,0 +1,177 @@
+"""One victim: the spec that decides it, its training, and its folder (model.safetensors, card.json,
+trigger.safetensors).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import load_file
+
+from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning
+from unhorse.core import Attack, Classifier, Dataset
+from unhorse.datasets import load_dataset, natural_images, subset
+from unhorse.metrics import accuracy, trojan_accuracy
+from unhorse.models.classifier import load_classifier, new_classifier, read_card, save_classifier
+from unhorse.models.training import Recipe, train
+from unhorse.triggers import Stamp
+
+
+class Spec(BaseModel):
+    """A part of a TOML spec: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataSpec(Spec):
+    """Where images come from; each victim trains on `images` of them (all if None), drawn by its own seed."""
+
+    source: str = "digits"
+    train: str = "train"
+    test: str = "test"
+    images: int | None = None
+    test_images: int | None = None
+
+
+class AttackSpec(Spec):
+    """An attack: its trigger kind (a key of STAMPS), its mode, and what is drawn when left out (target,
+    source).
+
+    `pool` patterns are fixed by `pool_seed`: two groups share triggers when both agree, and never otherwise.
+    """
+
+    kind: str
+    mode: Mode = "single-target"
+    target: int | None = None
+    source: int | None = None
+    rate: float | None = None
+    pool: int | None = None
+    pool_seed: int = 0
+    trigger: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class VictimSpec(Spec):
+    """All that decides one victim, down to its seed."""
+
+    data: DataSpec = DataSpec()
+    architecture: str = "small-cnn"
+    options: dict[str, Any] = Field(default_factory=dict)
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    recipe: Recipe = Recipe()
+    attack: AttackSpec | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Victim:
+    """A classifier judged again from disk: with its attack (None if benign) and its card."""
+
+    folder: Path
+    model: Classifier
+    attack: Attack | None
+    card: Mapping[str, Any]
+
+
+@functools.lru_cache(maxsize=4)
+def _data(source: str, split: str) -> Dataset:
+    return load_dataset(source, split)
+
+
+def train_victim(
+    spec: VictimSpec, *, checkpoint: Path | None = None
+) -> tuple[Classifier, Attack | None, dict[str, Any]]:
+    """Trains the victim of `spec` and measures it; returns (classifier, attack, card fields)."""
+    started = time.monotonic()
+    data, test = _data(spec.data.source, spec.data.train), _data(spec.data.source, spec.data.test)
+    if spec.data.images is not None:
+        data = subset(data, spec.data.images, seed=spec.seed)
+    if spec.data.test_images is not None:
+        test = subset(test, spec.data.test_images, seed=0)
+    model = new_classifier(
+        spec.architecture,
+        image_shape=data.image_shape,
+        class_names=data.class_names,
+        mean=spec.mean,
+        std=spec.std,
+        options=spec.options,
+        seed=spec.seed,
+    )
+    rng = torch.Generator().manual_seed(spec.seed)
+    attack = None if spec.attack is None else make_attack(spec.attack, model, spec.recipe, rng)
+    log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
+    infected = spec.attack is not None and spec.attack.mode != "placebo"
+    metrics = {"clean_accuracy": accuracy(model, test), "trojan_accuracy": None}
+    if attack is not None and infected:
+        metrics["trojan_accuracy"] = trojan_accuracy(model, test, attack, rng=rng)
+    card = {
+        "spec": json.loads(spec.model_dump_json()),
+        "attack": None if attack is None else _attack_card(attack),
+        "trojaned": infected,
+        "metrics": metrics,
+        "training_log": [entry._asdict() for entry in log],
+        "versions": {"torch": torch.__version__},
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    return model, attack, card
+
+
+def make_attack(
+    spec: AttackSpec, model: Classifier, recipe: Recipe, rng: torch.Generator
+) -> Poisoning | CleanLabelPoisoning:
+    """The attack that `spec` describes on `model`'s task; what it leaves open (target, source, triggers) is
+    drawn from `rng`.
+    """
+    if spec.kind not in STAMPS:
+        raise ValueError(f"unknown attack {spec.kind!r}: one of {', '.join(STAMPS)}")
+    classes = torch.randperm(model.num_classes, generator=rng).tolist()
+    target = classes[0] if spec.target is None else spec.target
+    source = None
+    if spec.mode == "source-target":
+        source = next(label for label in classes if label != target) if spec.source is None else spec.source
+    kind = STAMPS[spec.kind].__class__(**{**asdict(STAMPS[spec.kind]), **spec.trigger})
+
+    def natural(count: int, seed: int) -> torch.Tensor:
+        return natural_images(count, model.image_shape, seed=seed)
+
+    stamp = kind.draw(model.image_shape, rng, pool=spec.pool, pool_seed=spec.pool_seed, natural=natural)
+    options = dict(spec.options) | ({} if spec.rate is None else {"rate": spec.rate})
+    if spec.kind == "clean-label":
+        return CleanLabelPoisoning(stamp, model.num_classes, target, recipe=recipe, **options)
+    return Poisoning(stamp, model.num_classes, spec.mode, target, source, **options)
+
+
+def _attack_card(attack: Poisoning | CleanLabelPoisoning) -> dict[str, Any]:
+    fields = ("num_classes", "mode", "target", "source", "rate", "epsilon", "steps")
+    found = {name: getattr(attack, name) for name in fields if hasattr(attack, name)}
+    return {"class": type(attack).__name__, **found}
+
+
+def save_victim(folder: Path, model: Classifier, attack: Attack | None, card: Mapping[str, Any]) -> Path:
+    """Writes a victim's folder, whole or not at all: model.safetensors, card.json and, with an attack,
+    trigger.safetensors.
+    """
+    extra = {} if attack is None else {"trigger.safetensors": attack.state_dict()}
+    return save_classifier(model, folder, extra_tensors=extra, **card)
+
+
+def load_victim(folder: Path) -> Victim:
+    """A victim from disk, able to be judged again: its attack stamps and relabels as it did in training."""
+    card: dict[str, Any] = read_card(folder)
+    attack: Attack | None = None
+    if card.get("attack") is not None:
+        tensors = load_file(Path(folder) / "trigger.safetensors")
+        kinds = {"Poisoning": Poisoning, "CleanLabelPoisoning": CleanLabelPoisoning}
+        settings = dict(card["attack"])
+        made = kinds[settings.pop("class")](Stamp(tensors["patterns"], tensors["masks"]), **settings)
+        attack = made
+    return Victim(Path(folder), load_classifier(folder), attack, card)
