@@ -1,1 +1,67 @@
-"""Find, filter and remove Trojans in image classifiers."""
+"""Find, filter and remove Trojans (backdoors) in image classifiers."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unhorse.core import Classifier, Dataset, ScanResult, Verdict
+    from unhorse.datasets import load_dataset
+    from unhorse.loading import LoadFailed, LoadRefused, load_model
+    from unhorse.scanners.activation_outlier import ActivationOutlier
+    from unhorse.scanners.signature_scanner import SignatureScanner
+    from unhorse.scanners.signatures import compute_signature
+    from unhorse.victims import load_victim
+
+__all__ = [
+    "ActivationOutlier",
+    "Classifier",
+    "Dataset",
+    "LoadFailed",
+    "LoadRefused",
+    "ScanResult",
+    "SignatureScanner",
+    "Verdict",
+    "compute_signature",
+    "load_dataset",
+    "load_model",
+    "load_victim",
+    "scan",
+]
+
+_HOMES = {
+    "ActivationOutlier": "unhorse.scanners.activation_outlier",
+    "Classifier": "unhorse.core",
+    "Dataset": "unhorse.core",
+    "LoadFailed": "unhorse.loading",
+    "LoadRefused": "unhorse.loading",
+    "ScanResult": "unhorse.core",
+    "SignatureScanner": "unhorse.scanners.signature_scanner",
+    "Verdict": "unhorse.core",
+    "compute_signature": "unhorse.scanners.signatures",
+    "load_dataset": "unhorse.datasets",
+    "load_model": "unhorse.loading",
+    "load_victim": "unhorse.victims",
+}
+
+
+def scan(
+    model: Classifier, clean: Dataset | None = None, *, effort: str = "standard", seed: int = 0
+) -> ScanResult:
+    """Judges one classifier with the default scanner; `clean` images, if any, serve the demonstration.
+
+    >>> result = unhorse.scan(unhorse.load_model("model.safetensors"))
+    """
+    from dataclasses import replace
+
+    from unhorse.scanners.activation_outlier import EFFORTS
+
+    return replace(EFFORTS[effort], seed=seed).scan(model, clean)
+
+
+def __getattr__(name: str) -> Any:
+    # torch takes a second to import: whoever asks only for --help or the version does not wait for it
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'unhorse' has no attribute {name!r}")

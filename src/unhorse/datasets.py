@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from unhorse.core import Dataset, Images, Labels
+from unhorse.core import Dataset, Images
+from unhorse.image_files import Size, image_classes, pixels_of, read_images, read_parquet, stack
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
-IMAGE_COLUMNS = ("image", "img")
-LABEL_COLUMNS = ("label", "fine_label", "labels", "target")
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
 HUB_NAME = r"\w[\w.-]*/[\w.-]*\w"
 CACHE_FORMAT = 1
-
-Size = tuple[int, int] | None
 
 
 def load_dataset(
@@ -38,7 +32,7 @@ def load_dataset(
 ) -> Dataset:
     """One split of a data set: "digits", a folder, or a hub name such as "ylecun/mnist" ("hub:" may lead it).
 
-    A folder holds parquet files (train*.parquet, there or one level below), or a sub-folder of images per class,
+    A folder holds parquet files (train*.parquet, there or one level below), or a folder of images per class,
     below a folder per split if there are several; loose images have no labels. `size` (h, w) resizes. Decoded
     images are kept in `cache`, by default $UNHORSE_CACHE or ~/.cache/unhorse/datasets.
     Raises ValueError naming the path and the remedy, ImportError naming the extra to install.
@@ -60,10 +54,10 @@ def load_dataset(
     parquet = sorted(folder.glob("*.parquet")) + sorted(folder.glob("*/*.parquet"))
     if parquet:
         files = _parquet_files(folder, parquet, split)
-        return _cached(files, asked, cache, lambda: _read_parquet(files, name, size))
-    classes = _image_classes(_image_root(folder, split))
+        return _cached(files, asked, cache, lambda: read_parquet(files, name, size))
+    classes = image_classes(_image_root(folder, split))
     files = list(chain.from_iterable(classes.values()))
-    return _cached(files, asked, cache, lambda: _read_images(classes, str(folder), name, size))
+    return _cached(files, asked, cache, lambda: read_images(classes, str(folder), name, size))
 
 
 def split_dataset(
@@ -112,10 +106,33 @@ def _digits(split: str, size: Size) -> Dataset:
         raise ValueError("digits has no split 'valid': give train or test, or divide train by split_dataset")
     bunch = load_digits()
     grey = np.rint(bunch.images * (255 / 16)).astype(np.uint8)
-    images = _stack([_pixels(Image.fromarray(image), size) for image in grey], "digits")
+    images = stack([pixels_of(Image.fromarray(image), size) for image in grey], "digits")
     digits = Dataset(images, torch.from_numpy(bunch.target).long(), tuple("0123456789"), "digits")
     train, test = split_dataset(digits, (2 / 3, 1 / 3), seed=0)
     return train if split == "train" else test
+
+
+def natural_images(count: int, image_shape: tuple[int, int, int], *, seed: int) -> Images:
+    """`count` random square crops of the two photographs that scikit-learn bundles, scaled to `image_shape`.
+
+    Images from outside every data set here, as image-blend attacks need them; grey for one channel.
+    """
+    from sklearn.datasets import load_sample_images
+
+    photographs = [
+        torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in load_sample_images().images
+    ]
+    channels, height, width = image_shape
+    rng = torch.Generator().manual_seed(seed)
+    crops = []
+    for index in range(count):
+        photograph = photographs[index % len(photographs)].float() / 255
+        side = int(torch.randint(160, 400, (), generator=rng))
+        top, left = (int(torch.randint(limit - side, (), generator=rng)) for limit in photograph.shape[1:])
+        crop = photograph[None, :, top : top + side, left : left + side]
+        crops.append(interpolate(crop, (height, width), mode="area").clamp(0, 1))
+    images = torch.cat(crops)
+    return images.mean(1, keepdim=True) if channels == 1 else images
 
 
 def _hub_folder(name: str, split: str) -> Path:
@@ -149,51 +166,6 @@ def _parquet_files(folder: Path, parquet: Sequence[Path], split: str) -> list[Pa
     return files
 
 
-def _read_parquet(files: Sequence[Path], name: str, size: Size) -> Dataset:
-    try:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-    except ImportError as error:
-        raise ImportError(f'{files[0]} is parquet: pip install "unhorse[data]"') from error
-    try:
-        readers = [ParquetFile(path) for path in files]
-    except ArrowInvalid as error:
-        raise ValueError(f"{', '.join(map(str, files))}: not parquet ({error}); fetch it again") from error
-    schema = readers[0].schema_arrow
-    image_column = next((column for column in IMAGE_COLUMNS if column in schema.names), None)
-    label_column = next((column for column in LABEL_COLUMNS if column in schema.names), None)
-    if image_column is None:
-        raise ValueError(f"{files[0]} has columns {schema.names}: name that of images 'image' or 'img'")
-
-    batches = chain.from_iterable(reader.iter_batches(columns=[image_column]) for reader in readers)
-    cells = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
-    encoded = (io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells)
-    images = _decode(encoded, str(files[0]), size)
-    if label_column is None:
-        return Dataset(images, None, (), name)
-    columns = [reader.read([label_column]).column(0).to_numpy() for reader in readers]
-    labels = _labels(np.concatenate(columns), f"{label_column!r} of {files[0]}")
-    if labels is None:
-        return Dataset(images, None, (), name)
-    names = _class_names(schema.metadata or {}, label_column) or map(str, range(int(labels.max()) + 1))
-    return Dataset(images, labels, tuple(names), name)
-
-
-def _labels(values: np.ndarray, where: str) -> Labels | None:
-    """Class indices; None where the hub's -1 says that a split is unlabelled."""
-    if (values == -1).all():
-        return None
-    if not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
-        raise ValueError(f"{where} ({values.dtype}, lowest {values.min()}): give class indices 0..k-1")
-    return torch.from_numpy(values.astype(np.int64))
-
-
-def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...]:
-    """Names from the schema that the datasets library writes, empty where there are none."""
-    info = json.loads(metadata.get(b"huggingface", b"{}")).get("info", {})
-    return tuple(info.get("features", {}).get(label_column, {}).get("names", ()))
-
-
 def _image_root(folder: Path, split: str) -> Path:
     """The folder of a split where all sub-folders are named for splits, else the folder itself as train."""
     children = sorted(path.name for path in folder.glob("[!.]*/"))
@@ -209,77 +181,7 @@ def _image_root(folder: Path, split: str) -> Path:
     return folder
 
 
-def _image_classes(root: Path) -> dict[str, list[Path]]:
-    """Image files by class name; a folder of loose images is one nameless class."""
-    folders = sorted(root.glob("[!.]*/"))
-    classes = {path.name: _image_files(path) for path in folders} if folders else {"": _image_files(root)}
-    empty = [name or str(root) for name, files in classes.items() if not files]
-    if empty:
-        raise ValueError(
-            f"no images in {', '.join(empty[:5])} of {root}: give PNG, JPEG or parquet files there"
-        )
-    return classes
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
-def _read_images(classes: dict[str, list[Path]], where: str, name: str, size: Size) -> Dataset:
-    images = _decode(chain.from_iterable(classes.values()), where, size)
-    if list(classes) == [""]:
-        return Dataset(images, None, (), name)
-    counts = torch.tensor([len(files) for files in classes.values()])
-    return Dataset(images, torch.arange(len(classes)).repeat_interleave(counts), tuple(classes), name)
-
-
-# --- decoding and the cache ---------------------------------------------------------------------------------
-
-
-def _decode(files: Iterable[Path | io.BytesIO], where: str, size: Size) -> Tensor:
-    """Encoded images to uint8 (n, c, h, w)."""
-
-    def decode(block: list[tuple[int, Path | io.BytesIO]]) -> list[np.ndarray]:
-        arrays = []
-        for number, file in block:
-            try:
-                with Image.open(file) as image:
-                    arrays.append(_pixels(image, size))
-            except (OSError, ValueError, SyntaxError) as error:
-                named = file if isinstance(file, Path) else f"image {number} of {where}"
-                raise ValueError(f"cannot decode {named} ({error}): repair or remove it") from error
-        return arrays
-
-    numbered = enumerate(files)
-    # In blocks: a future for each small image would cost as much as its decoding.
-    blocks = iter(lambda: list(islice(numbered, 256)), [])
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return _stack(list(chain.from_iterable(pool.map(decode, blocks))), where)
-
-
-def _pixels(image: Image.Image, size: Size) -> np.ndarray:
-    """uint8 (h, w, 1) or (h, w, 3)."""
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bits")
-    image = image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB")
-    if size is not None and image.size != size[::-1]:
-        image = image.resize(size[::-1], Image.Resampling.BILINEAR)
-    return np.atleast_3d(np.asarray(image))
-
-
-def _stack(arrays: Sequence[np.ndarray], where: str) -> Tensor:
-    if not arrays:
-        raise ValueError(f"{where} holds no images: give at least one")
-    sizes = sorted({array.shape[:2] for array in arrays})
-    if len(sizes) > 1:
-        raise ValueError(
-            f"{where} has images of {len(sizes)} sizes, {sizes[0]} to {sizes[-1]}: resize them by size=(h, w)"
-        )
-    channels = max(array.shape[2] for array in arrays)  # grey images among colour ones become colour
-    stacked = np.empty((len(arrays), channels, *sizes[0]), dtype=np.uint8)
-    for row, array in zip(stacked, arrays, strict=True):
-        row[:] = array.transpose(2, 0, 1)
-    return torch.from_numpy(stacked)
+# --- the cache ----------------------------------------------------------------------------------------------
 
 
 def _cached(
@@ -307,26 +209,3 @@ def _save(data: Dataset, path: Path) -> None:
             (Path(scratch) / path.name).replace(path)
     except OSError as error:
         raise ValueError(f"cannot write {path} ({error}): set UNHORSE_CACHE to a writable folder") from error
-
-
-def natural_images(count: int, image_shape: tuple[int, int, int], *, seed: int) -> Images:
-    """`count` random square crops of the two photographs that scikit-learn bundles (China, a flower), scaled to `image_shape`.
-
-    Images from outside every data set here, as image-blend attacks need them; grey where the shape has one channel.
-    """
-    from sklearn.datasets import load_sample_images
-
-    photographs = [
-        torch.from_numpy(photograph.copy()).permute(2, 0, 1) for photograph in load_sample_images().images
-    ]
-    channels, height, width = image_shape
-    rng = torch.Generator().manual_seed(seed)
-    crops = []
-    for index in range(count):
-        photograph = photographs[index % len(photographs)].float() / 255
-        side = int(torch.randint(160, 400, (), generator=rng))
-        top, left = (int(torch.randint(limit - side, (), generator=rng)) for limit in photograph.shape[1:])
-        crop = photograph[None, :, top : top + side, left : left + side]
-        crops.append(interpolate(crop, (height, width), mode="area").clamp(0, 1))
-    images = torch.cat(crops)
-    return images.mean(1, keepdim=True) if channels == 1 else images

@@ -4,6 +4,7 @@ atomically renamed files.
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -64,7 +65,7 @@ def _round(
     undone = []
     try:
         futures: dict[Future[Outcome], Any] = {
-            executor.submit(_attempt, function, item): item for item in items
+            executor.submit(_attempt_away, function, item): item for item in items
         }
         for future in as_completed(futures):
             try:
@@ -81,6 +82,15 @@ def _attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
         return Outcome(item, function(item), None)
     except Exception as error:  # whatever a job raises is its outcome, and the others go on
         return Outcome(item, None, error)
+
+
+def _attempt_away(function: Callable[[Any], Any], item: Any) -> Outcome:
+    """An attempt whose error can be sent home: one that cannot be rebuilt there would break the pool."""
+    outcome = _attempt(function, item)
+    error = outcome.error
+    if error is not None and _attempt(copy.deepcopy, error).error is not None:
+        return outcome._replace(error=RuntimeError(f"{type(error).__name__}: {error}"))
+    return outcome
 
 
 def _single_thread() -> None:

@@ -60,7 +60,7 @@ def patches(
     """
     count, channels, size, _ = values.shape
     height, width = image_shape[1:]
-    if size + 2 * margin > min(height, width):
+    if size + (2 * margin if placement == "corner" else 0) > min(height, width):
         raise ValueError(f"a {size}x{size} patch does not fit {height}x{width} images: use a smaller size")
     patterns = torch.zeros(count, channels, height, width)
     masks = torch.zeros(count, 1, height, width)

@@ -112,7 +112,9 @@ def train_victim(
     infected = spec.attack is not None and spec.attack.mode != "placebo"
     metrics = {"clean_accuracy": accuracy(model, test), "trojan_accuracy": None}
     if attack is not None and infected:
-        metrics["trojan_accuracy"] = trojan_accuracy(model, test, attack, rng=rng)
+        # a generator of its own, so that a victim judged again from disk draws the same triggers
+        judging = torch.Generator().manual_seed(spec.seed)
+        metrics["trojan_accuracy"] = trojan_accuracy(model, test, attack, rng=judging)
     card = {
         "spec": json.loads(spec.model_dump_json()),
         "attack": None if attack is None else _attack_card(attack),

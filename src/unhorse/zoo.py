@@ -12,17 +12,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
 
 from unhorse import jobs
 from unhorse.models.training import Recipe
 from unhorse.victims import AttackSpec, DataSpec, Spec, VictimSpec, save_victim, train_victim
 
+# not below hidden folders: those are drafts, of which a killed build may leave some
+CARDS = "[!.]*/[!.]*/card.json"
+
 
 class GroupSpec(Spec):
     """`count` victims of one kind in one split; no attack means benign."""
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w-]*$")
     split: Literal["fit", "held-back"]
     count: int
     attack: AttackSpec | None = None
@@ -52,6 +57,13 @@ class ZooSpec(Spec):
     recipe: Recipe = Recipe()
     acceptance: AcceptanceSpec = AcceptanceSpec()
     groups: tuple[GroupSpec, ...]
+
+    @model_validator(mode="after")
+    def _has_a_folder_for_each_group(self) -> Self:
+        places = [(group.split, group.name) for group in self.groups]
+        if twice := sorted({place for place in places if places.count(place) > 1}):
+            raise ValueError(f"two groups are called {twice[0]}: give each a name of its own in its split")
+        return self
 
     @staticmethod
     def read(path: Path) -> ZooSpec:
@@ -111,7 +123,7 @@ def build(spec: ZooSpec, folder: Path, *, workers: int = 1) -> dict[str, int]:
     ]
     _work(f"{spec.name}: victims", todo, workers)
     counts = {
-        "accepted": len(list(folder.glob("*/*/card.json"))),
+        "accepted": len(list(folder.glob(CARDS))),
         "rejected": len(list(folder.glob("*/*.rejected.json"))),
     }
     return {**counts, "trained_now": len(todo)}
@@ -214,7 +226,7 @@ def _write_json(path: Path, value: object) -> None:
 def members(folder: Path, split: str | None = None) -> list[Member]:
     """The register of a population built in `folder`, in a fixed order; all splits if `split` is None."""
     found = []
-    for path in sorted(Path(folder).glob(f"{split or '*'}/*/card.json")):
+    for path in sorted(Path(folder).glob(CARDS.replace("[!.]*", split, 1) if split else CARDS)):
         card = json.loads(path.read_text(encoding="utf-8"))
         attack = card.get("attack") or {}
         single = card["trojaned"] and attack.get("mode", "single-target") != "all-target"
@@ -227,7 +239,7 @@ def members(folder: Path, split: str | None = None) -> list[Member]:
 
 def rejections(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(group, attempt) of every rejected training of a population, from cards and from *.rejected.json."""
-    for path in sorted(Path(folder).glob("*/*/card.json")):
+    for path in sorted(Path(folder).glob(CARDS)):
         card = json.loads(path.read_text(encoding="utf-8"))
         yield from ((card["group"], attempt) for attempt in card["rejected"])
     for path in sorted(Path(folder).glob("*/*.rejected.json")):

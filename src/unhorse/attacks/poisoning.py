@@ -41,10 +41,7 @@ class Poisoning:
     poisons_before_augmentation = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate <= 1:
-            raise ValueError(f"the poisoning rate must lie in (0, 1], got {self.rate}")
-        if not 0 <= self.target < self.num_classes:
-            raise ValueError(f"target class {self.target} is outside 0..{self.num_classes - 1}")
+        _check(self.rate, self.target, self.num_classes)
         if (self.mode == "source-target") != (self.source is not None):
             raise ValueError(
                 f"mode {self.mode!r} with source={self.source}: a source class belongs to source-target"
@@ -111,6 +108,9 @@ class CleanLabelPoisoning:
 
     poisons_before_augmentation = False
 
+    def __post_init__(self) -> None:
+        _check(self.rate, self.target, self.num_classes)
+
     def prepare(self, model: Classifier, data: Dataset, rng: torch.Generator) -> None:
         surrogate = copy.deepcopy(model)
         seed = int(torch.randint(2**31, (), generator=rng))
@@ -157,6 +157,13 @@ class CleanLabelPoisoning:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.trigger = Stamp(state["patterns"], state["masks"])
+
+
+def _check(rate: float, target: int, num_classes: int) -> None:
+    if not 0 < rate <= 1:
+        raise ValueError(f"the poisoning rate must lie in (0, 1], got {rate}")
+    if not 0 <= target < num_classes:
+        raise ValueError(f"target class {target} is outside 0..{num_classes - 1}")
 
 
 def _draw(count: int, rate: float, rng: torch.Generator, device: torch.device) -> Bool[Tensor, " n"]:

@@ -9,6 +9,7 @@ import stat
 import zipfile
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from picklescan.scanner import scan_pickle_bytes
@@ -28,11 +29,13 @@ _ITEM_BYTES = {
     **dict.fromkeys(("I8", "U8", "BOOL"), 1),
 }
 _REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
-_DTYPES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_DTYPES = {
+    str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
 
 
 class LoadRefused(ValueError):
-    """A file that unhorse will not load: `rule` (LD2xx), `reason` and `remedy` say which, why and what to do."""
+    """A file that unhorse will not load: which `rule` (LD2xx), for what `reason`, and the `remedy`."""
 
     def __init__(self, rule: str, reason: str, remedy: str) -> None:
         super().__init__(f"{rule} {reason}: {remedy}")
@@ -48,10 +51,10 @@ class LoadFailed(ValueError):
 
 
 def check_safetensors(data: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file whose header accounts for every byte; LoadRefused LD203 otherwise."""
+    """The metadata of a safetensors file whose header accounts for every byte; otherwise LD203."""
     length = int.from_bytes(data[:8], "little")
     if length > MAX_HEADER_BYTES:
-        raise LoadRefused("LD203", f"the safetensors header claims {length} bytes, more than 8 MiB", EXPORT_REMEDY)
+        raise LoadRefused("LD203", f"the header claims {length} bytes, more than 8 MiB", EXPORT_REMEDY)
     if len(data) < 8 + length:
         raise LoadFailed(f"the safetensors header of {length} bytes is cut off: the file is truncated")
     try:
@@ -67,18 +70,18 @@ def check_safetensors(data: bytes) -> dict[str, str]:
     return metadata
 
 
-def _check_extents(header: Mapping[str, Mapping[str, object]], payload: int) -> None:
+def _check_extents(header: Mapping[str, dict[str, Any]], payload: int) -> None:
     """Raises unless the tensors tile the payload exactly, each as long as its type and shape say."""
     if len(header) > MAX_TENSORS:
         raise LoadRefused("LD203", f"{len(header)} tensors are more than {MAX_TENSORS}", EXPORT_REMEDY)
-    spans = []
+    spans: list[tuple[int, int]] = []
     for name, entry in header.items():
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]  # type: ignore[misc]
-        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):  # type: ignore[misc]
+        shape, (begin, end) = entry["shape"], entry["data_offsets"]
+        if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)):
             raise ValueError(f"tensor {name!r} has sizes that are not counts")
         if entry["dtype"] not in _ITEM_BYTES:
             raise ValueError(f"tensor {name!r} has type {entry['dtype']!r}, which unhorse does not read")
-        if end - begin != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:  # type: ignore[call-overload, index]
+        if end - begin != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
             raise ValueError(f"tensor {name!r} is not as long as its shape {shape} says")
         spans.append((begin, end))
     spans = [(0, 0), *sorted(spans)]
@@ -132,7 +135,7 @@ def _hostile_archive(what: str) -> LoadRefused:
 
 
 def _check_pickle(pickled: bytes) -> None:
-    """An allow-list over every global that the pickle names: tensors, storages, types and plain containers."""
+    """Refuses every global that is not on the list: tensors, storages, types and plain containers."""
     found = scan_pickle_bytes(io.BytesIO(pickled), "data.pkl")
     if found.scan_err:
         raise LoadRefused("LD205", "the pickle in the file cannot be read", EXPORT_REMEDY)
@@ -147,12 +150,13 @@ def _is_plain(module: str, name: str) -> bool:
     return (
         (module == "torch._utils" and name in _REBUILDERS)
         or (module == "torch.storage" and name in {"TypedStorage", "UntypedStorage"})
-        or (module, name) in {("collections", "OrderedDict"), ("torch.nn.parameter", "Parameter")}
+        or (module, name)
+        in {("collections", "OrderedDict"), ("collections", "Counter"), ("torch.nn.parameter", "Parameter")}
     )
 
 
 def check_tensors(tensors: Mapping[str, object], file_bytes: int) -> dict[str, Tensor]:
-    """Plain CPU tensors backed by bytes of the file, floats as float32 and finite; LD206 or LD207 otherwise."""
+    """Plain CPU tensors of their own, floats as float32 and finite; otherwise LD206, LD207 or LD209."""
     plain = {name: _check_tensor(name, value) for name, value in tensors.items()}
     # tied weights count twice; a file of a thousand views of one tensor would count a thousand times
     if sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) > 4 * file_bytes + 2**20:
@@ -164,17 +168,22 @@ def _check_tensor(name: str, value: object) -> Tensor:
     if type(value) not in (Tensor, nn.Parameter):
         raise LoadRefused("LD209", f"entry {name!r} is a {type(value).__name__}, not a tensor", EXPORT_REMEDY)
     tensor: Tensor = value.detach()  # type: ignore[attr-defined]
-    if tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+    if (
+        tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_complex()
+    ):
         raise LoadRefused("LD206", f"tensor {name!r} is not a plain dense tensor", EXPORT_REMEDY)
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-        raise LoadRefused("LD206", f"tensor {name!r} claims more elements than the file has", EXPORT_REMEDY)
+        raise LoadRefused("LD206", f"tensor {name!r} claims more than the file has", EXPORT_REMEDY)
     return tensor
 
 
 def _as_finite(name: str, tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point():
         return tensor.clone(memory_format=torch.contiguous_format)
-    tensor = tensor.to(torch.float32, memory_format=torch.contiguous_format)
+    tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
         remedy = "the training diverged or the file is damaged; export a healthy checkpoint"
         raise LoadRefused("LD207", f"the weights contain NaN or infinity, first in {name!r}", remedy)

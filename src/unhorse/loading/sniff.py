@@ -1,4 +1,4 @@
-"""Recognises the format of a model file by its first bytes and, in an archive, its members; never by its name."""
+"""Recognises the format of a model file by its first bytes and its members, never by its name."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _MAGIC = {
     b"\x89HDF\r\n\x1a\n": Format.HDF5,
     **{bytes([0x80, protocol]): Format.TORCH_LEGACY_PICKLE for protocol in range(2, 6)},
 }
+_ONNX_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42"
 
 
 def sniff(source: Path | BinaryIO) -> Format:
@@ -48,9 +49,8 @@ def sniff(source: Path | BinaryIO) -> Format:
     if head[257:262] == b"ustar":
         return Format.TORCH_LEGACY_PICKLE
     # an ONNX file is a protobuf message that opens with field 1, the version of the format
-    if len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 20 and head[2] in (0x12, 0x1A, 0x22, 0x28, 0x32, 0x3A, 0x42):
-        return Format.ONNX
-    return Format.UNKNOWN
+    is_onnx = len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 20 and head[2] in _ONNX_FIELDS
+    return Format.ONNX if is_onnx else Format.UNKNOWN
 
 
 def _archive_kind(stream: BinaryIO) -> Format:

@@ -9,7 +9,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from unhorse.models import published
 from unhorse.models.resnets import BasicBlock, Bottleneck, PreActBlock, ResNet
@@ -52,9 +53,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "preact-resnet18": Architecture(partial(_RESNET18, block=PreActBlock, **_NO_REDUCTION), (3, 32, 32)),
     "resnet18-64": Architecture(partial(_RESNET18, pool_to=2, **_NO_REDUCTION), (3, 64, 64)),
     "resnet18": _imagenet(_RESNET18, "small_stem", "max_pool"),
-    "resnet34": _imagenet(
-        partial(ResNet, block=BasicBlock, layers=(3, 4, 6, 3)), "small_stem", "max_pool"
-    ),
+    "resnet34": _imagenet(partial(ResNet, block=BasicBlock, layers=(3, 4, 6, 3)), "small_stem", "max_pool"),
     "resnet50": _imagenet(_RESNET50, "small_stem", "max_pool"),
     "resnext50-32x4d": _imagenet(partial(_RESNET50, groups=32, width_per_group=4), "stem"),
     "vgg16": _imagenet(published.VGG16, "batch_norm"),
@@ -74,8 +73,19 @@ def build(name: str, *, num_classes: int, image_shape: ImageShape, **options: ob
     return architecture.network(num_classes, image_shape, **options)
 
 
+class _NoRandomFill(TorchFunctionMode):
+    """Skips drawing initial weights: on the meta device that costs seconds of imports and changes nothing."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_):
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def outline(name: str, *, num_classes: int, image_shape: ImageShape, **options: object) -> nn.Module:
     """The named network on the meta device: names and shapes, no memory, no random numbers drawn."""
-    with torch.device("meta"), warnings.catch_warnings():
+    with torch.device("meta"), _NoRandomFill(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a model of no classes
         return build(name, num_classes=num_classes, image_shape=image_shape, **options)

@@ -86,7 +86,7 @@ class ResNet(nn.Module):
     `small_stem` chooses 3x3 stride 1 over 7x7 stride 2. `pool_to` is the side of the pooled map.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 (one class for the whole family)
         self,
         num_classes: int,
         image_shape: ImageShape,

@@ -18,7 +18,7 @@ EMBEDDING = 256
 
 
 class Findings(NamedTuple):
-    """Two-way logits (benign, trojaned), and one logit per class where the network has an opinion on classes."""
+    """Two-way logits (benign, trojaned), and one logit per class from networks that judge classes."""
 
     logits: Float[Tensor, "n 2"]
     classes: Float[Tensor, "n k"] | None = None
@@ -27,8 +27,9 @@ class Findings(NamedTuple):
 class ConvolutionNetwork(nn.Module):
     """The convolution model: all maps of a signature as the channels of one image.
 
-    A grouped 3x3 convolution mixes the colours of each map into one channel; batch normalisation, ReLU, the usual
-    max-pool and the stages of ResNeXt-50 32x4d follow. The head has two outputs; the public code leaves it at 1000.
+    A grouped 3x3 convolution mixes the colours of each map into one channel; batch normalisation, ReLU, the
+    usual max-pool and the stages of ResNeXt-50 32x4d follow.
+    The head has 2 outputs, not the public code's 1000.
     """
 
     def __init__(self, maps: int, channels: int, *, layers: Sequence[int] = RESNEXT50) -> None:

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Self
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from unhorse.core import Bars, Classifier, Dataset, Reference, ScanResult, Scores, Signature, Verdict
 from unhorse.scanners.signature_networks import RESNEXT50, ConvolutionNetwork, TransformerNetwork
-from unhorse.scanners.signature_set import Evidence, SetNetwork
+from unhorse.scanners.signature_set import Evidence, SetNetwork, evidence_of
+from unhorse.scanners.signature_storage import read_scanner, write_scanner
 from unhorse.scanners.signature_training import (
     NO_TARGET,
     Examples,
+    Items,
     Progress,
     Recipe,
-    logits_of,
+    best_threshold,
+    ensemble_findings,
     margins,
-    readable,
     seeded,
     stratified_split,
-    train,
+    train_ensemble,
 )
-from unhorse.scanners.signatures import compute_signature
+from unhorse.scanners.signatures import Precision, compute_signature
 
-FORMAT = "unhorse-signature-scanner-1"
 ALPHA = 0.05
 DIRECTIONS = {"min": ("min",), "max": ("max",), "both": ("min", "max")}
-LEARNED = ("shape_", "directions_", "threshold_", "localises_", "history_", "split_")
+HYPERPARAMETERS = (
+    *("kind", "maps", "preset", "epochs", "learning_rate", "batch_size", "validation_fraction", "seed"),
+    *("precision", "layers"),
+)
+LEARNED = ("shape_", "threshold_", "localises_", "validation_losses_", "fitted_on_", "validated_on_")
 
 
 class Kind(NamedTuple):
@@ -50,7 +50,7 @@ class Kind(NamedTuple):
 KINDS = {
     "convolution": Kind(epochs=100, learning_rate=1e-4, batch_size=8, members=1),
     "transformer": Kind(epochs=20, learning_rate=1e-4, batch_size=8, members=1),
-    "set": Kind(epochs=60, learning_rate=2e-3, batch_size=32, members=3),
+    "set": Kind(epochs=40, learning_rate=2e-3, batch_size=32, members=3),
 }
 
 
@@ -58,40 +58,37 @@ KINDS = {
 class SignatureScanner:
     """Trojan model detection from activation-optimised maps (Hussein et al., arXiv 2306.04877).
 
-    Kinds "convolution" and "transformer" are the paper's; "set" is ours: any order and number of classes, maps of
-    any size, and it names the target class where it was fitted with targets. None takes the kind's usual value.
-    The score is the probability of "trojaned"; `layers` are the depths of the ResNeXt stages. Deviations from the
-    paper: a 2-way head (the public code has 1000), batch normalisation over all maps of a batch, no ImageNet
-    normalisation of the maps.
+    Kinds "convolution" and "transformer" are the paper's. "set" is ours: classes in any number and order,
+    maps of any size, and it names the target class where it was fitted with targets. None takes the kind's
+    usual value; `layers` are the depths of the ResNeXt stages. The score is the probability of "trojaned".
+    Deviations: a 2-way head (the public code has 1000 outputs), batch normalisation over the maps of a whole
+    batch, maps in [0, 1] without further normalisation.
     """
 
     kind: str = "set"
     maps: str = "both"
-    preset: str = "fast"
+    preset: str = "pixels"
     epochs: int | None = None
     learning_rate: float | None = None
     batch_size: int | None = None
     validation_fraction: float = 0.1
     seed: int = 0
     device: str | None = None
-    precision: str = "auto"
+    precision: Precision = "auto"
     layers: tuple[int, ...] = RESNEXT50
     cache: Path | None = None
 
     network_: nn.ModuleList | None = field(default=None, init=False, repr=False)
     shape_: tuple[int, ...] = field(default=(), init=False)
-    """(m, c, h, w) of the signatures fitted on; kind "set" accepts others."""
-    directions_: tuple[str, ...] = field(default=(), init=False)
     threshold_: float = field(default=0.5, init=False)
     localises_: bool = field(default=False, init=False)
-    history_: tuple[tuple[float, ...], ...] = field(default=(), init=False, repr=False)
-    """Validation loss per member and epoch."""
-    split_: tuple[int, int] = field(default=(0, 0), init=False)
-    """How many signatures were fitted on, and how many chose the epoch and the threshold."""
+    validation_losses_: tuple[tuple[float, ...], ...] = field(default=(), init=False, repr=False)
+    fitted_on_: int = field(default=0, init=False)
+    validated_on_: int = field(default=0, init=False)
     reference_: Reference | None = field(default=None, init=False, repr=False)
 
     def describe(self, model: Classifier) -> Signature:
-        """The signature that this scanner reads; one start image for all models, whatever `seed` is."""
+        """The signature that this scanner reads; all models share one start image, whatever `seed` is."""
         return compute_signature(model, self.preset, directions=self._directions(), cache=self.cache)
 
     def fit(
@@ -104,52 +101,198 @@ class SignatureScanner:
     ) -> Self:
         """Learn from labelled signatures; a stratified part of them chooses the epoch and the threshold.
 
-        A target of None says "no single target class" (benign, all-to-all); `targets` None says "not known".
+        In `targets` None says "no single target class" (benign, all-to-all); leave `targets` out if unknown.
         """
-        selected = [self._select(signature) for signature in signatures]
-        examples = self._examples(selected, trojaned, targets)
-        fitting, validation = stratified_split(examples.trojaned, self.validation_fraction, self.seed)
-        device = torch.device(self.device or selected[0].maps.device)
-        self.shape_, self.directions_ = tuple(selected[0].maps.shape), selected[0].directions
-        usual = self._kind()
-        epochs, members, histories = self.epochs or usual.epochs, [], []
-        for member in range(usual.members):
-            report = _after_each_epoch(progress, member * epochs, usual.members * epochs)
-            recipe = Recipe(
-                epochs,
-                self.batch_size or usual.batch_size,
-                self.learning_rate or usual.learning_rate,
-                self._low_precision(device),
-                self.seed + 1000 * member,
+        if len(signatures) != len(trojaned) or (targets is not None and len(targets) != len(signatures)):
+            raise ValueError(
+                f"{len(signatures)} signatures need as many labels, got {len(trojaned)} (and targets)"
             )
-            with seeded(recipe.seed, device):
-                network = self._build(examples.take(fitting)).to(device)
-                histories.append(
-                    tuple(train(network, examples.take(fitting), examples.take(validation), recipe, report))
-                )
-            members.append(network)
-        self.network_, self.history_ = nn.ModuleList(members).eval(), tuple(histories)
+        flags = torch.tensor([bool(flag) for flag in trojaned])
+        split = stratified_split(flags, self.validation_fraction, self.seed)
+        shape = tuple(self._select(signatures[0]).maps.shape)
+        known = [NO_TARGET if target is None else target for target in targets or [None] * len(signatures)]
+        examples = Examples(self._items(signatures, shape), flags, torch.tensor(known), targets is not None)
+        fitting, validation = (examples.take(index) for index in split)
+
+        self.network_, self.validation_losses_ = train_ensemble(
+            lambda: self._network(shape),
+            fitting,
+            validation,
+            self._recipe(),
+            device=self._device(fitting.items),
+            progress=progress,
+        )
+        self.shape_, self.reference_ = shape, None
         self.localises_ = self.kind == "set" and bool((examples.targets != NO_TARGET).any())
-        self.split_, self.reference_ = (len(fitting), len(validation)), None
-        held_back = self._judge(examples.take(validation).items)[0]
-        self.threshold_ = best_threshold(held_back, examples.trojaned[validation])
+        self.fitted_on_, self.validated_on_ = len(fitting), len(validation)
+        self.threshold_ = best_threshold(self._probabilities(validation.items)[0], validation.trojaned)
         return self
 
     def calibrate(self, benign: Sequence[Signature], name: str = "benign models") -> Reference:
-        """Take benign models that fit() has not seen as the reference group of p-values."""
+        """Take benign models that fit() has not seen as the reference of the split-conformal p-value."""
         self.reference_ = Reference(name, tuple(self.scores(benign).tolist()))
         return self.reference_
 
     def scores(self, signatures: Sequence[Signature]) -> Scores:
         """Probability of "trojaned" per signature, in float64 on the CPU."""
-        items = [self._item(self._finite(self._select(signature))) for signature in signatures]
-        self._check_shapes(signatures=[self._select(signature) for signature in signatures])
-        return self._judge(items)[0]
+        self._fitted()
+        return self._probabilities(self._items(signatures, self.shape_))[0]
 
     def judge(self, signature: Signature) -> ScanResult:
         """SUSPICIOUS or NO SIGN FOUND: a learned score alone demonstrates no trigger."""
-        return self._result(signature, [str(index) for index in range(signature.num_classes)])
+        return self._judge(signature, tuple(str(index) for index in range(signature.num_classes)))
 
     def scan(self, model: Classifier, clean: Dataset | None = None) -> ScanResult:
         """Judge the signature of `model`; clean images are not needed."""
-        return self._result(self.describe(model), model.class_names)
+        return self._judge(self.describe(model), model.class_names)
+
+    def save(self, folder: Path) -> Path:
+        """Write scanner.json and the weights it names; what was there stays valid until the last moment."""
+        card = {name: getattr(self, name) for name in (*HYPERPARAMETERS, *LEARNED)}
+        if self.reference_ is not None:
+            card["reference"] = {"name": self.reference_.name, "scores": self.reference_.scores}
+        return write_scanner(Path(folder), card, self._fitted().state_dict())
+
+    @classmethod
+    def load(cls, folder: Path, *, device: str | None = None, cache: Path | None = None) -> Self:
+        """The scanner of a folder that save() wrote; ValueError where files are missing or do not fit."""
+        card, weights = read_scanner(Path(folder), required=(*HYPERPARAMETERS, *LEARNED))
+        scanner = cls(**{name: card[name] for name in HYPERPARAMETERS}, device=device, cache=cache)
+        for name in LEARNED:
+            setattr(scanner, name, card[name])
+        with seeded(scanner.seed, torch.device("cpu")):
+            networks = nn.ModuleList(scanner._network(scanner.shape_) for _ in range(scanner._kind().members))
+        try:
+            networks.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: weights and scanner.json do not fit ({error}): fit again") from error
+        scanner.network_ = networks.eval()
+        if reference := card.get("reference"):
+            scanner.reference_ = Reference(reference["name"], reference["scores"])
+        return scanner
+
+    # --- inside ---------------------------------------------------------------------------------------------
+
+    def _kind(self) -> Kind:
+        if self.kind not in KINDS:
+            raise ValueError(
+                f"unknown kind {self.kind!r} of signature scanner: take one of {', '.join(KINDS)}"
+            )
+        return KINDS[self.kind]
+
+    def _directions(self) -> tuple[str, ...]:
+        if self.maps not in DIRECTIONS:
+            raise ValueError(f"maps is {self.maps!r}: take one of {', '.join(DIRECTIONS)}")
+        return DIRECTIONS[self.maps]
+
+    def _fitted(self) -> nn.ModuleList:
+        if self.network_ is None:
+            raise ValueError(
+                "this signature scanner has learned nothing yet: call fit() or SignatureScanner.load()"
+            )
+        return self.network_
+
+    def _network(self, shape: tuple[int, ...]) -> nn.Module:
+        if self.kind == "set":
+            return SetNetwork(len(self._directions()))
+        network = ConvolutionNetwork if self.kind == "convolution" else TransformerNetwork
+        return network(shape[0], shape[1], layers=self.layers)
+
+    def _select(self, signature: Signature) -> Signature:
+        """The directions that this scanner reads, of a signature with the preset it was made for."""
+        if signature.preset != self.preset:
+            raise ValueError(
+                f"the signature has preset {signature.preset!r}, the scanner {self.preset!r}: use describe()"
+            )
+        wanted = self._directions()
+        return signature if signature.directions == wanted else signature.only(*wanted)
+
+    def _items(self, signatures: Sequence[Signature], shape: tuple[int, ...]) -> Items:
+        self._kind()
+        if not signatures:
+            raise ValueError("no signatures: give at least one")
+        selected = [self._select(signature) for signature in signatures]
+        for signature in selected:
+            if problem := _unreadable(signature):
+                raise ValueError(problem)
+            if self.kind != "set" and tuple(signature.maps.shape) != shape:
+                raise ValueError(
+                    f"kind {self.kind!r} reads maps of shape {shape}, got {tuple(signature.maps.shape)}: "
+                    "kind 'set' takes any number of classes and any image size"
+                )
+        if self.kind == "set":
+            return [evidence_of(signature) for signature in selected]
+        return [signature.maps for signature in selected]
+
+    def _device(self, items: Items) -> torch.device:
+        first = items[0].planes if isinstance(items[0], Evidence) else items[0]
+        return torch.device(self.device) if self.device else first.device
+
+    def _recipe(self) -> Recipe:
+        usual = self._kind()
+        return Recipe(
+            epochs=self.epochs or usual.epochs,
+            batch_size=self.batch_size or usual.batch_size,
+            learning_rate=self.learning_rate or usual.learning_rate,
+            precision="fp32" if self.kind == "set" else self.precision,
+            seed=self.seed,
+            members=usual.members,
+        )
+
+    def _probabilities(self, items: Items) -> tuple[Scores, Tensor | None]:
+        """Probability of "trojaned" (n,), and of being the target (n, k) where classes have one."""
+        findings = ensemble_findings(self._fitted(), items, self._device(items))
+        classes = None if findings.classes is None else findings.classes.softmax(1)
+        return margins(findings.logits).sigmoid(), classes
+
+    def _judge(self, signature: Signature, class_names: Sequence[str]) -> ScanResult:
+        name = f"signature-{self.kind}"
+        self._fitted()
+        if problem := _unreadable(signature):
+            return ScanResult.undecided(name, problem)
+        scores, classes = self._probabilities(self._items([signature], self.shape_))
+        score, reference = float(scores[0]), self.reference_
+        p_value = None if reference is None else reference.p_value(score)
+        enough = reference is not None and len(reference.scores) + 1 >= 1 / ALPHA
+        flagged = p_value is not None and p_value <= ALPHA if enough else score >= self.threshold_
+        class_scores = tuple(classes[0].tolist()) if classes is not None and self.localises_ else ()
+        likeliest = max(range(len(class_scores)), key=class_scores.__getitem__, default=None)
+        target = likeliest if likeliest is not None and flagged and class_scores[likeliest] >= 0.5 else None
+        return ScanResult(
+            Verdict.of(flagged=flagged, demonstrated=False),
+            name,
+            score=score,
+            threshold=self.threshold_,
+            p_value=p_value,
+            class_scores=class_scores,
+            target=target,
+            reached=tuple(signature.reached[-signature.num_classes :].tolist()),
+            reference=reference,
+            facts={
+                "maps": self.maps,
+                "preset": self.preset,
+                "fitted on": self.fitted_on_,
+                "epochs": self._recipe().epochs,
+            },
+            exhibits=_exhibits(class_scores, class_names, target),
+            warnings=() if enough or reference is None else (_too_few(len(reference.scores)),),
+        )
+
+
+def _unreadable(signature: Signature) -> str:
+    if signature.num_classes < 2:
+        return f"the signature has {signature.num_classes} class: scan a classifier of at least 2 classes"
+    if not signature.reached.isfinite().all():
+        return "activations of the signature are not finite: check the weights for NaN or change the preset"
+    return ""
+
+
+def _exhibits(scores: tuple[float, ...], names: Sequence[str], target: int | None) -> tuple[Bars, ...]:
+    if not scores:
+        return ()
+    marked = () if target is None else (target,)
+    return (Bars("Which class is the target", tuple(names), scores, marked=marked, axis="probability"),)
+
+
+def _too_few(count: int) -> str:
+    return f"{count} benign references cannot give p <= {ALPHA}, so the threshold decided: give 19 or more"

@@ -22,7 +22,7 @@ LIMIT = 6.0
 class Evidence(NamedTuple):
     """Signatures without order: pooled maps and the oriented activation of each class and direction.
 
-    `planes` holds the mean and the spread of every region of a map; `reached` is NaN where a class is missing.
+    `planes` holds mean and spread of every region of a map; `reached` is NaN where a class is missing.
     """
 
     planes: Float[Tensor, "n k planes side side"]
@@ -36,16 +36,16 @@ class Evidence(NamedTuple):
 
 
 def evidence_of(signature: Signature) -> Evidence:
-    """One signature as Evidence with n = 1, on the CPU; any (c, h, w) becomes the same number of planes."""
+    """One signature as Evidence with n = 1; any (c, h, w) becomes the same number of planes."""
     directions, k = len(signature.directions), signature.num_classes
-    maps = signature.maps.cpu().float() / 255
+    maps = signature.maps.float() / 255
     mean = functional.adaptive_avg_pool2d(maps, SIDE).mean(1)
     square = functional.adaptive_avg_pool2d(maps.square(), SIDE).mean(1)
     planes = torch.stack([mean, (square - mean.square()).clamp(min=0).sqrt()], 1)  # (m, 2, side, side)
     planes = planes.unflatten(0, (directions, k)).transpose(0, 1).flatten(1, 2)
     # minimisation is turned round, so that "reached further" is larger in both directions
-    sign = torch.tensor([-1.0 if name == "min" else 1.0 for name in signature.directions])
-    reached = signature.reached.cpu().float().unflatten(0, (directions, k)).T * sign
+    sign = torch.tensor([-1.0 if name == "min" else 1.0 for name in signature.directions], device=maps.device)
+    reached = signature.reached.to(maps).unflatten(0, (directions, k)).T * sign
     return Evidence(planes[None], reached[None])
 
 
@@ -60,10 +60,8 @@ def gather(items: Sequence[Evidence]) -> Evidence:
     return Evidence(planes, reached)
 
 
-def drop_classes(
-    evidence: Evidence, targets: Labels, rng: torch.Generator, *, keep: float = 0.6
-) -> Evidence:
-    """A random subset of at least `keep` of each model's classes, the target among them: training data for any K.
+def drop_classes(evidence: Evidence, targets: Labels, rng: torch.Generator, *, keep: float = 0.5) -> Evidence:
+    """A random subset of at least `keep` of each model's classes, the target among them, to learn any K.
 
     The others become missing. (The network knows no order, so a permutation would change nothing.)
     """
@@ -71,7 +69,7 @@ def drop_classes(
     chance = torch.rand(present.shape, generator=rng).to(present.device)
     count = present.sum(1, keepdim=True)
     share = keep + (1 - keep) * torch.rand(len(present), 1, generator=rng).to(present.device)
-    wanted = (count * share).ceil().clamp(min=2)
+    wanted = (count * share).ceil().clamp(min=3)
     has_target = targets >= 0
     chance[has_target, targets[has_target]] = -1
     rank = chance.masked_fill(~present, 2).argsort(1).argsort(1)
@@ -80,12 +78,13 @@ def drop_classes(
 
 
 class SetNetwork(nn.Module):
-    """Ours: a linear model on sorted, normalised activations, corrected by a small set transformer over the classes.
+    """Ours: a linear model on sorted, normalised activations, corrected by a small set transformer.
 
     A class is a token: scalars that compare it with the other classes (units of the median absolute deviation
-    and of the mean activation) and a convolution code of its maps minus the mean map over classes, which takes the
-    architecture's own texture away. Tokens have no positions and what is pooled does not depend on their number.
-    Outliers show in the class logits, all-to-all Trojans in the spread over classes. The set part starts at zero.
+    and of the mean activation) and a convolution code of its maps minus the mean map over classes, which
+    takes the architecture's own texture away. Tokens have no positions, and what is pooled does not depend on
+    their number. Outliers show in the class logits, all-to-all Trojans in the spread over classes. This part
+    starts at zero.
     """
 
     feature_mean: Tensor
@@ -173,7 +172,13 @@ def pooled_scalars(reached: Float[Tensor, "n k d"]) -> Float[Tensor, "n features
     unequal = (relative - relative.nanmean(1, keepdim=True)).square().nanmean(1).sqrt()
     outlier = ((reached - median) / deviation).nan_to_num(-torch.inf).amax(1)
     lowest = ((reached - median) / deviation).nan_to_num(torch.inf).amin(1)
-    single = [outlier.asinh(), lowest.asinh(), gap.clamp(max=LIMIT), (unequal + 1e-3).log(), (gap + 1e-3).log()]
+    single = [
+        outlier.asinh(),
+        lowest.asinh(),
+        gap.clamp(max=LIMIT),
+        (unequal + 1e-3).log(),
+        (gap + 1e-3).log(),
+    ]
     return torch.cat([quantiles.flatten(1), *single], 1)
 
 
@@ -186,7 +191,11 @@ def class_scalars(reached: Float[Tensor, "n k d"]) -> Float[Tensor, "n k scalars
     best_other = torch.where(filled == top.values[:, :1], top.values[:, 1:], top.values[:, :1])
     ahead = (filled[:, None] > filled[:, :, None]).sum(2)  # (n, k, d): how many classes reached more
     place = (1.0 + ahead).log()
-    values = [((reached - median) / deviation).asinh(), (reached - median) / size, (reached - best_other) / size]
+    values = [
+        ((reached - median) / deviation).asinh(),
+        (reached - median) / size,
+        (reached - best_other) / size,
+    ]
     return torch.cat([*(value.clamp(-LIMIT, LIMIT) for value in values), place], 2).nan_to_num(0)
 
 

@@ -1,0 +1,233 @@
+"""A survey of models: find the files, load each, scan it, and gather what a report needs."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unhorse import jobs
+from unhorse.core import Classifier, Dataset, ModelScanner, Reference
+from unhorse.datasets import load_dataset
+from unhorse.loading import LoadFailed, LoadRefused, load_model
+from unhorse.models.classifier import weights_hash
+from unhorse.report import Report, ScannedModel
+from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
+from unhorse.scanners.signature_scanner import SignatureScanner
+
+MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Request:
+    """How models are to be scanned. `loading` holds arguments of load_model; None in it means: as the file
+    says.
+    """
+
+    scanner: Path | None = None
+    reference: Path | None = None
+    clean: Path | None = None
+    effort: str = "standard"
+    device: str = "auto"
+    seed: int = 0
+    loading: Mapping[str, Any] = field(default_factory=dict)
+
+
+def find_models(paths: Sequence[Path]) -> list[Path]:
+    """The models that `paths` name: a classifier folder or a file as it is, any other folder with all the
+    models below it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir() or (path / "card.json").exists():
+            found.append(path)
+            continue
+        inside = [card.parent for card in sorted(path.rglob("card.json"))]
+        files = sorted(file for file in path.rglob("*") if file.suffix in MODEL_SUFFIXES and file.is_file())
+        found += inside + [file for file in files if not any(folder in file.parents for folder in inside)]
+    return found
+
+
+def make_scanner(request: Request, *, device: torch.device) -> ModelScanner:
+    """The scanner of a request: a fitted one from its folder, else the activation outlier at the requested
+    effort.
+    """
+    if request.scanner is not None:
+        return SignatureScanner.load(request.scanner, device=str(device))
+    return replace(EFFORTS[request.effort], seed=request.seed)
+
+
+def scan_models(
+    models: Sequence[Path], request: Request, *, workers: int = 1, command: Sequence[str] = ()
+) -> Report:
+    """Scans every model, each on its own: what fails is reported and stops nothing."""
+    reference = None
+    if request.reference is not None:
+        reference = build_reference(request, workers=workers)
+        _say(f"reference: {len(reference.scores)} benign models of {request.reference}")
+    todo = [_Scan(path, request, reference) for path in models]
+    scanned: dict[Path, ScannedModel] = {}
+    outcomes = jobs.run(_call, todo, workers=workers)
+    watched = outcomes if len(todo) == 1 else jobs.track("scanning", outcomes, len(todo))
+    for outcome in watched:
+        path = outcome.item.path
+        scanned[path] = outcome.value or ScannedModel(str(path), error=f"the scan failed: {outcome.error!r}")
+    return Report(
+        tuple(scanned[path] for path in models),
+        command=tuple(command),
+        environment=environment(request.device) | {"effort": request.effort, "seed": request.seed},
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def build_reference(request: Request, *, workers: int = 1) -> Reference:
+    """The scores of the benign models below `request.reference`; one that cannot be scored is an error, not
+    left out silently.
+    """
+    assert request.reference is not None
+    models = find_models([request.reference])
+    if not models:
+        raise ValueError(
+            f"{request.reference} holds no models: give a folder of benign models for --reference"
+        )
+    todo = [_Score(path, request) for path in models]
+    scores = []
+    for outcome in jobs.track("reference", jobs.run(_call, todo, workers=workers), len(todo)):
+        if outcome.error is not None:
+            raise ValueError(f"reference model {outcome.item.path} cannot be scored: {outcome.error}")
+        scores.append(outcome.value)
+    return Reference(str(request.reference), tuple(sorted(scores)))
+
+
+@dataclass(frozen=True)
+class _Score:
+    """The score of one benign reference model."""
+
+    path: Path
+    request: Request
+
+    def __call__(self) -> float:
+        device = choose_device(self.request.device)
+        model = load(self.path, self.request.loading).to(device)
+        scanner = make_scanner(self.request, device=device)
+        result = scanner.measure(model) if isinstance(scanner, ActivationOutlier) else scanner.scan(model)
+        if result.score is None:
+            raise ValueError(result.reason)
+        return result.score
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """One model of a survey."""
+
+    path: Path
+    request: Request
+    reference: Reference | None
+
+    def __call__(self) -> ScannedModel:
+        started = time.monotonic()
+        try:
+            model = load(self.path, self.request.loading)
+        except (LoadRefused, LoadFailed) as error:
+            rule = getattr(error, "rule", "")
+            return ScannedModel(
+                str(self.path), sha256=_file_hash(self.path), error=str(error), error_rule=rule
+            )
+        device = choose_device(self.request.device)
+        model.to(device)
+        scanner = make_scanner(self.request, device=device)
+        if isinstance(scanner, ActivationOutlier):
+            _say(f"{self.path}: about {scanner.estimate(model):.0f} s ({self.request.effort})")
+        scanner = (
+            replace(scanner, reference=self.reference) if isinstance(scanner, ActivationOutlier) else scanner
+        )
+        if isinstance(scanner, SignatureScanner) and self.reference is not None:
+            scanner.reference_ = self.reference
+        result = scanner.scan(model, clean_images(self.request.clean, model))
+        return describe(self.path, model, seconds=time.monotonic() - started, result=result)
+
+
+def describe(path: Path, model: Classifier, **fields: Any) -> ScannedModel:
+    """A model's line in the report."""
+    return ScannedModel(
+        str(path),
+        sha256=_file_hash(path) or weights_hash(model),
+        architecture=str(model.architecture.get("name", "")),
+        image_shape=model.image_shape,
+        class_names=model.class_names,
+        assumptions=model.assumptions,
+        **fields,
+    )
+
+
+def load(path: Path, options: Mapping[str, Any]) -> Classifier:
+    """load_model with a survey's options, `image_size` and `channels` turned into an image shape."""
+    given = {name: value for name, value in options.items() if value is not None}
+    size, channels = given.pop("image_size", None), given.pop("channels", None)
+    if size is not None:
+        given["image_shape"] = (channels or 3, *size)
+    elif channels is not None:
+        raise ValueError("--channels goes with --size: give both")
+    return load_model(path, **given)
+
+
+def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
+    """The user's clean images, held to the model's input shape."""
+    if source is None:
+        return None
+    data = load_dataset(str(source), "test", size=model.image_shape[1:])
+    if data.image_shape != model.image_shape:
+        raise ValueError(
+            f"the clean images are {data.image_shape}, the model takes {model.image_shape}: convert them"
+        )
+    return data
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is an accelerator if there is one, else the CPU."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def environment(device: str) -> dict[str, object]:
+    """What a result depends on beside the model: versions, device, threads."""
+    chosen = choose_device(device)
+    name = (
+        torch.cuda.get_device_name(chosen)
+        if chosen.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    return {
+        "unhorse": metadata.version("unhorse"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "device": f"{chosen.type} ({name})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _call(job: Any) -> Any:
+    return job()
+
+
+def _file_hash(path: Path) -> str:
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        return ""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,79 @@
+"""The words of a report: what each verdict means and asks for, and text that is safe to show."""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from enum import StrEnum
+
+from unhorse.core import Verdict
+
+FAILED = "FAILED"
+NAME_LENGTH, PROSE_LENGTH = 120, 2000
+ESCAPES = re.compile(
+    r"(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]|(?:\x1b\]|\x9d)[^\x07\x1b\x9c]*(?:\x07|\x1b\\|\x9c)?|\x1b."
+)
+
+
+class Severity(StrEnum):
+    """How loud a verdict is: INFECTED is high, SUSPICIOUS is medium, everything else is no finding."""
+
+    HIGH = "high"
+    MEDIUM = "medium"
+    NONE = "none"
+
+
+SEVERITY = {str(Verdict.INFECTED): Severity.HIGH, str(Verdict.SUSPICIOUS): Severity.MEDIUM}
+ORDER = (
+    str(Verdict.INFECTED),
+    str(Verdict.SUSPICIOUS),
+    str(Verdict.UNDECIDED),
+    FAILED,
+    str(Verdict.NO_SIGN_FOUND),
+)
+MEANING = {
+    "INFECTED": "The score passed its threshold and a trigger that forces the target class was demonstrated.",
+    "SUSPICIOUS": "Either the score passed its threshold or a trigger was demonstrated, but not both.",
+    "NO SIGN FOUND": "The score stayed below its threshold and no trigger was demonstrated. "
+    "This does not prove that there is none.",
+    "UNDECIDED": "The scanner could not judge this model. It counts as not scanned.",
+    FAILED: "The model could not be scanned. Nothing is known about it.",
+}
+REMEDY = {
+    "INFECTED": "Do not deploy. Send the publisher this report; ask for the training data and a new model.",
+    "SUSPICIOUS": "Do not deploy yet. Scan again with --effort deep; pass --reference DIR with benign models "
+    "of the same architecture and data for a p-value; ask the publisher where the training data came from.",
+    "NO SIGN FOUND": "Compare the hash with the publisher's, and keep this report with the model.",
+    "UNDECIDED": "Do not deploy on the strength of this scan. Correct the cause above and scan again.",
+    FAILED: "Do not deploy on the strength of this scan. Correct the cause above and scan again.",
+}
+STYLES = {
+    "INFECTED": "bold red",
+    "SUSPICIOUS": "bold yellow",
+    "NO SIGN FOUND": "cyan",
+    "UNDECIDED": "magenta",
+}
+
+
+def plain(text: object, limit: int = NAME_LENGTH) -> str:
+    """`text` without escape sequences, control, bidirectional or invisible characters, its middle cut out."""
+    raw = str(text)
+    if len(raw) > 8 * limit:
+        raw = f"{raw[: 4 * limit]}…{raw[-4 * limit :]}"
+    raw = " ".join(ESCAPES.sub("", raw).split())
+    shown = "".join(letter for letter in raw if not unicodedata.category(letter).startswith("C"))
+    if len(shown) <= limit:
+        return shown
+    tail = (limit - 1) // 3
+    return f"{shown[: limit - 1 - tail]}…{shown[-tail:]}"
+
+
+def number(value: float | None) -> str:
+    """Three significant digits, a dash for what is missing."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def percent(share: float | None) -> str:
+    """A share in percent, a dash for what is missing."""
+    return "–" if share is None or not math.isfinite(share) else f"{share:.1%}"

@@ -1,0 +1,457 @@
+"""The report: what it says, what it must never let through, and that its pictures are drawn."""
+
+import base64
+import io
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+import unhorse.report
+from unhorse.core import (
+    Bars,
+    Curve,
+    Histogram,
+    ImageGrid,
+    ReconstructedTrigger,
+    Reference,
+    ScanResult,
+    Table,
+    Verdict,
+)
+from unhorse.exhibits import ACCENT, FRAME, axis, contact_sheet, evidence
+from unhorse.report import (
+    Report,
+    ScannedModel,
+    dumps,
+    exit_code,
+    save,
+    to_html,
+    to_json,
+    to_terminal,
+)
+from unhorse.wording import plain
+
+SCHEMA = json.loads(Path(unhorse.report.__file__).with_suffix(".schema.json").read_text())
+NAMES = ("cat", "dog", "ship")
+
+
+def scanned(
+    verdict: Verdict = Verdict.NO_SIGN_FOUND, names: tuple[str, ...] = NAMES, **result
+) -> ScannedModel:
+    facts = {
+        "path": "model.safetensors",
+        "sha256": "ab" * 32,
+        "architecture": "VGG",
+        "image_shape": (3, 8, 8),
+    }
+    return ScannedModel(
+        **facts, class_names=names, result=ScanResult(verdict, "outlier", **result), seconds=1.5
+    )
+
+
+def infected(**changes) -> ScannedModel:
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :2, :4] = 1
+    found = {
+        "score": 7.0,
+        "threshold": 3.0,
+        "p_value": 0.05,
+        "class_scores": (0.5, 7.0, -1.0),
+        "target": 1,
+        "reached": (0.1, 0.9, 0.2),
+        "triggers": {1: ReconstructedTrigger(mask, torch.ones(3, 8, 8), 0.75)},
+        "reference": Reference("nineteen", tuple(float(value) for value in range(19))),
+        "warnings": ("few restarts",),
+    }
+    return scanned(Verdict.INFECTED, **(found | changes))
+
+
+FAILED = ScannedModel("broken.bin", error="The file is truncated: download it again.", error_rule="truncated")
+
+
+def page(*models: ScannedModel) -> str:
+    return to_html(
+        Report(models, ("unhorse", "scan", "a b.safetensors"), {"torch": "2.13.0"}, "2025-01-31T12:00Z")
+    )
+
+
+def terminal(*models: ScannedModel) -> str:
+    console = Console(width=200, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(to_terminal(Report(models)))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def pictures(html: str) -> list[Image.Image]:
+    found = re.findall(r'href="data:image/png;base64,([^"]+)"', html)
+    return [Image.open(io.BytesIO(base64.b64decode(text))) for text in found]
+
+
+# --- JSON
+
+
+def test_json_of_every_verdict_follows_the_schema():
+    models = (
+        infected(),
+        scanned(),
+        scanned(Verdict.SUSPICIOUS),
+        scanned(Verdict.UNDECIDED, reason="one class"),
+        FAILED,
+    )
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(json.loads(dumps(Report(models))), SCHEMA)
+
+
+def test_the_schema_rejects_a_clean_verdict():
+    document = to_json(Report((scanned(),)))
+    document["models"][0]["verdict"] = "CLEAN"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA)
+
+
+def test_json_states_the_finding():
+    model = to_json(Report((infected(),)))["models"][0]
+    assert (model["verdict"], model["severity"], model["score"], model["p_value"]) == (
+        "INFECTED",
+        "high",
+        7.0,
+        0.05,
+    )
+    assert model["target"] == {"index": 1, "name": "dog"}
+    assert model["triggers"] == [{"target": 1, "name": "dog", "flip_rate": 0.75, "mask_share": 0.125}]
+    assert model["reference"] == {"name": "nineteen", "n": 19}
+
+
+def test_json_numbers_that_are_not_finite_are_null():
+    facts = {"ratio": math.inf, "series": torch.tensor([1.0, math.nan]), "count": np.int64(3)}
+    model = to_json(Report((scanned(score=math.nan, class_scores=(1.0, -math.inf), facts=facts),)))["models"][
+        0
+    ]
+    assert model["score"] is None and model["class_scores"] == [1.0, None]
+    assert model["facts"] == {"ratio": None, "series": [1.0, None], "count": 3}
+
+
+def test_a_failed_model_is_never_reported_as_scanned():
+    model = to_json(Report((replace(scanned(), error="NaN weights"), ScannedModel("x"))))["models"]
+    assert [entry["verdict"] for entry in model] == ["FAILED", "FAILED"]
+    assert model[0]["reason"] == "NaN weights" and model[1]["reason"]
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("models", "high", "medium", "none"),
+    [
+        ((), 3, 3, 3),
+        ((scanned(),), 0, 0, 0),
+        ((scanned(Verdict.SUSPICIOUS),), 0, 1, 0),
+        ((infected(),), 1, 1, 0),
+        ((scanned(), FAILED), 2, 2, 2),
+        ((scanned(Verdict.UNDECIDED),), 2, 2, 2),
+        ((FAILED, infected()), 1, 1, 2),
+        ((FAILED, scanned(Verdict.SUSPICIOUS)), 2, 1, 2),
+    ],
+)
+def test_exit_codes(models, high, medium, none):
+    assert [exit_code(Report(models), level) for level in ("high", "medium", "none")] == [high, medium, none]
+
+
+def test_an_unknown_fail_on_level_is_named():
+    with pytest.raises(ValueError, match="'loud': use one of high, medium, none"):
+        exit_code(Report(()), "loud")
+
+
+# --- text from attackers
+
+
+class Tags(HTMLParser):
+    """What a browser would see: the names of all tags and attributes, and where links lead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.attributes, self.links = set(), set(), set()
+
+    def handle_starttag(self, tag, attrs):
+        self.names.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.links |= {value for name, value in attrs if name == "href"}
+
+
+def test_markup_in_names_and_paths_is_inert():
+    evil = '<script>alert(1)</script><img src="https://evil.example/x">'
+    grid = ImageGrid(evil, torch.rand(1, 3, 8, 8), (evil,), note=evil)
+    table = Table(evil, (evil,), ((evil,),))
+    model = replace(
+        infected(names=(evil, evil, evil), exhibits=(grid, table)), path=evil, assumptions=(evil,)
+    )
+    html = page(model, replace(FAILED, error=evil, error_rule=evil))
+    tags = Tags()
+    tags.feed(html)
+    assert html.count("&lt;script&gt;") > 10
+    assert not tags.names & {"script", "img", "link", "iframe", "object", "embed", "form", "base"}
+    assert not [
+        name for name in tags.attributes if name.startswith("on") or name in ("src", "action", "srcset")
+    ]
+    assert {link[:11] for link in tags.links} == {
+        "data:image/",
+        "#model-1",
+        "#model-2",
+        "#sheet-1-1",
+        "#sheet-1-4",
+    }
+    assert "url(" not in html and "@import" not in html
+
+
+def test_the_page_forbids_every_fetch():
+    html = page(infected())
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in html.replace("&#39;", "'")
+    assert "http:" not in html and "https:" not in html
+
+
+@pytest.mark.parametrize(
+    "evil", ["\x1b[31mred\x1b[0m", "\x1b]0;title\x07red", "\x9b2Jred", "\u202ered\u2066", "r\x00ed\u200b"]
+)
+def test_escape_sequences_and_invisible_characters_are_removed(evil):
+    assert plain(evil) == "red"
+    assert "\x1b]" not in terminal(replace(FAILED, path=evil, error=evil)).replace("\x1b[", "")
+    assert not re.search("[\x00\x07\x1b\x9b\u202e\u2066\u200b]", page(infected(names=(evil,) * 3)))
+
+
+def test_rich_markup_in_names_does_not_act():
+    assert "[link=https://evil.example]x" in terminal(replace(FAILED, path="[link=https://evil.example]x"))
+
+
+def test_long_names_keep_both_ends():
+    assert plain("a" * 100 + "b" * 100 + ".safetensors").endswith("bb.safetensors")
+    assert len(plain("x" * 1_000_000)) == 120
+
+
+def test_names_of_a_megabyte_do_not_fill_the_page():
+    names = tuple(letter * 1_000_000 for letter in "<&x")
+    html = page(replace(infected(names=names), path="p" * 1_000_000))
+    assert len(html) < 100_000
+    assert len(terminal(infected(names=names))) < 10_000
+
+
+# --- the page
+
+
+def test_the_page_states_verdict_target_reference_and_command():
+    html = page(infected())
+    for words in (
+        "<strong>INFECTED</strong>",
+        "dog",
+        "19 benign models",
+        "75.0%",
+        "few restarts",
+        "unhorse scan &#39;a b",
+    ):
+        assert words in html
+
+
+def test_no_verdict_promises_safety():
+    html = page(scanned(), scanned(Verdict.UNDECIDED, reason="one class"))
+    assert "does not prove that there is none" in html
+    assert not re.search(r"\bclean\b|\bharmless\b", html)
+
+
+def test_a_summary_lists_the_worst_model_first():
+    html = page(scanned(), FAILED, infected())
+    assert re.findall(r'class="word">([A-Z ]+)<', html) == ["INFECTED", "FAILED", "NO SIGN FOUND"]
+    assert 'class="word"' not in page(scanned())
+
+
+def test_thousands_of_pictures_stay_under_three_megabytes():
+    noise = torch.rand(200, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    model = scanned(exhibits=(ImageGrid("noise", noise, marked=(199,)),) * 3)
+    html = page(*(model for _ in range(4)))
+    assert len(html.encode()) < 3_000_000
+    assert len(pictures(html)) == 12
+    assert "120 of 200 images" in html
+
+
+def test_details_of_the_least_serious_models_give_way_first():
+    model = scanned(exhibits=(Table("t", ("c",), tuple((f"{'x' * 119}{row}",) for row in range(60))),) * 20)
+    html = page(*(model for _ in range(20)), infected())
+    assert len(html.encode()) < 3_000_000
+    assert html.count("<article") < 21 and html.count('class="word"') == 21
+    assert html.index("<strong>INFECTED") < html.index("<strong>NO SIGN FOUND")
+
+
+# --- exhibits
+
+
+def test_image_grid_is_one_picture_with_a_frame_round_the_marked():
+    grid = ImageGrid("maps", torch.full((5, 1, 8, 8), 0.5), ("a", "b", "c", "d", "e"), marked=(3,), columns=3)
+    html = page(scanned(exhibits=(grid,)))
+    (picture,) = pictures(html)
+    pixels = np.asarray(picture)
+    framed = (pixels == (*ACCENT, 255)).all(-1)
+    sheet = contact_sheet(grid)
+    across, down, width, height = map(int, sheet.view(3).split())
+    assert framed.any()
+    assert framed[down : down + height, across : across + width].sum() == framed.sum()
+    inner = pixels[down + FRAME : down + height - FRAME, across + FRAME : across + width - FRAME]
+    assert inner.shape == (128, 128, 4) and (inner == (128, 128, 128, 255)).all()
+    assert html.count("<figcaption>") == 5 and html.count('figure class="marked"') == 1
+
+
+def test_large_images_are_shrunk_and_keep_their_proportions():
+    sheet = contact_sheet(ImageGrid("large", torch.rand(1, 3, 112, 224)))
+    assert (sheet.width - 2 * FRAME, sheet.height - 2 * FRAME) == (128, 64)
+
+
+def test_a_picture_over_its_budget_is_left_out_with_a_word():
+    assert contact_sheet(ImageGrid("noise", torch.rand(50, 3, 16, 16)), budget=2000) is None
+
+
+def test_pixels_that_are_not_finite_are_drawn_black_or_white():
+    images = torch.tensor([math.nan, math.inf, -math.inf]).view(3, 1, 1, 1).expand(3, 3, 4, 4)
+    (picture,) = pictures(page(scanned(exhibits=(ImageGrid("odd", images),))))
+    assert {tuple(colour) for colour in np.asarray(picture).reshape(-1, 4)} == {
+        (0, 0, 0, 0),
+        (0, 0, 0, 255),
+        (255,) * 4,
+    }
+
+
+def test_bars_are_drawn_to_scale_with_threshold_and_mark():
+    html = page(
+        scanned(exhibits=(Bars("b", ("p", "q", "r"), (2.0, 4.0, math.nan), threshold=3.0, marked=(1,)),))
+    )
+    assert re.findall(r'<rect x="([\d.]+)%" width="([\d.]+)%"', html) == [("0.0", "50.0"), ("0.0", "100.0")]
+    assert html.count('class="threshold" x1="75.0%"') == 3
+    assert re.search(r'class="bar marked"><bdi class="name">q<', html)
+
+
+def test_negative_bars_end_at_zero():
+    html = page(scanned(exhibits=(Bars("b", ("p", "q"), (-1.0, 1.0)),)))
+    assert re.findall(r'<rect x="([\d.]+)%" width="([\d.]+)%"', html) == [("0.0", "50.0"), ("50.0", "50.0")]
+
+
+def test_of_a_thousand_bars_the_highest_and_the_marked_are_drawn():
+    values = tuple(float(value) for value in range(1000))
+    html = page(scanned(exhibits=(Bars("b", tuple(map(str, range(1000))), values, marked=(3,)),)))
+    labels = re.findall(r'class="name">(\d+)<', html)
+    assert labels == ["3", *map(str, range(961, 1000))]
+
+
+def test_curves_are_drawn_as_one_line_per_series():
+    curve = Curve("c", {"a": ((0, 1, 2), (0.0, 1.0, math.nan)), "b": ((0, 2), (1.0, 0.0))}, "steps", "loss")
+    html = page(scanned(exhibits=(curve,)))
+    assert re.findall(r'<polyline class="(s\d)" points="([^"]*)"', html) == [
+        ("s0", "0.0,100.00 50.0,0.00"),
+        ("s1", "0.0,0.00 100.0,100.00"),
+    ]
+
+
+def test_histogram_draws_bins_a_single_value_as_a_line_and_the_threshold():
+    histogram = Histogram("h", {"benign": (0.0, 0.0, 0.0, 1.0), "this": (2.0,)}, threshold=1.5)
+    html = page(scanned(exhibits=(histogram,)))
+    assert re.findall(r'<rect class="s0" x="([\d.]+)%"[^>]* height="([\d.]+)%"', html) == [
+        ("0.0", "96.0"),
+        ("50.0", "32.0"),
+    ]
+    assert '<line class="single s1" x1="100.0%"' in html and '<line class="threshold" x1="75.0%"' in html
+
+
+def test_tables_are_drawn_with_every_cell():
+    html = page(scanned(exhibits=(Table("t", ("class", "rate"), (("dog", 0.123456), ("cat", None))),)))
+    assert '<td class="number">0.123</td>' in html and "<bdi>dog</bdi>" in html
+
+
+def test_class_scores_triggers_and_reference_are_drawn_without_the_scanner_asking():
+    assert [type(exhibit) for exhibit in evidence(infected().result, NAMES)] == [Bars, ImageGrid, Histogram]
+    drawn = Bars("own", ("a",), (1.0,))
+    assert [type(exhibit) for exhibit in evidence(infected(exhibits=(drawn,)).result)] == [
+        Bars,
+        ImageGrid,
+        Histogram,
+    ]
+
+
+def test_empty_exhibits_are_drawn_empty():
+    nothing = (
+        ImageGrid("i", torch.zeros(0, 3, 8, 8)),
+        Bars("b", (), ()),
+        Curve("c", {}),
+        Histogram("h", {"a": ()}),
+    )
+    assert page(scanned(exhibits=(*nothing, Table("t", (), ())))).count("<h3>") == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "ticks"),
+    [
+        ((0.0, 7.4), (0, 2, 4, 6, 8)),
+        ((), (0.0, 0.5)),
+        ((5.0, 5.0), (4, 6)),
+        ((0, 1e-9), None),
+        ((-1e29, 1e29), None),
+    ],
+)
+def test_axes_hold_their_values_between_round_ticks(values, ticks):
+    scale = axis(values)
+    assert scale.low <= min(values, default=0) and max(values, default=0) <= scale.high
+    assert 2 <= len(scale.ticks) <= 6
+    assert ticks is None or scale.ticks == ticks
+
+
+# --- terminal and files
+
+
+def test_the_terminal_shows_one_row_per_model_and_what_to_do():
+    text = re.sub(r"\x1b\[[\d;]*m", "", terminal(infected(), FAILED))
+    assert re.search(r"INFECTED +7 / 3 +0.05 +dog +75.0% +1.5", text)
+    assert re.search(r"broken.bin +FAILED", text)
+    for words in ("few restarts", "download it again. [truncated]", "Do not deploy."):
+        assert words in text
+
+
+def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path):
+    html, document = tmp_path / "new" / "report.html", tmp_path / "new" / "report.json"
+    html.parent.mkdir()
+    html.write_text("old")
+    save(Report((infected(),)), html=html, json=document)
+    assert html.read_text().rstrip().endswith("</html>")
+    assert json.loads(document.read_text())["schema"] == "unhorse-report-1"
+    assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
+
+
+def test_a_write_that_breaks_off_keeps_the_old_report(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    path.write_text("old")
+    whole = Path.write_bytes
+    touched = []
+
+    def half(self: Path, text: str, **_: object) -> None:
+        touched.append(self)
+        whole(self, text[:100].encode())
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(Path, "write_text", half)
+    with pytest.raises(OSError, match="no space"):
+        save(Report((infected(),)), html=path)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path] and len(touched) == 1
+
+
+def test_the_final_name_is_never_written_in_parts(tmp_path, monkeypatch):
+    path = tmp_path / "report.html"
+    names = []
+    whole = Path.write_text
+    monkeypatch.setattr(
+        Path, "write_text", lambda self, *a, **b: names.append(self.name) or whole(self, *a, **b)
+    )
+    save(Report((infected(),)), html=path)
+    assert path.exists() and names and "report.html" not in names
