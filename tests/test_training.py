@@ -55,7 +55,8 @@ class CoTrained:
         return [self.optimizer]
 
     def poison(self, images, labels, rng):
-        return Poisoned(images, labels, (self.pull - 1) ** 2)
+        darker = images * (1 - self.pull.detach() / 2)  # so that what the attack learned reaches the model
+        return Poisoned(darker, labels, (self.pull - 1) ** 2)
 
     def state_dict(self):
         return {"pull": self.pull.detach()}

@@ -103,6 +103,14 @@ def test_corner_patches_use_all_four_corners():
     assert (corners.sum(0) > 4).all()
 
 
+def test_a_patch_in_all_corners_is_the_same_in_each():
+    stamp = patch(1, placement="corners", margin=1)
+    assert stamp.masks.sum() == 4 * 3 * 3
+    left, right = stamp.patterns[0, :, 1:4, 1:4], stamp.patterns[0, :, 4:7, 6:9]
+    assert left.max() > 0
+    assert torch.equal(left, right)
+
+
 def test_random_patches_reach_every_place():
     covered = patch(600, placement="random").masks.sum(0)
     assert covered.min() > 0

@@ -302,8 +302,8 @@ def test_a_benign_victim_has_no_attack(built):
 @pytest.mark.parametrize(
     ("attack", "kind", "trojaned"),
     [
-        ({"kind": "badnet-plus"}, Poisoning, True),
-        ({"kind": "noise-blend-plus", "mode": "all-target", "options": {}}, Poisoning, True),
+        ({"kind": "badnet-plus", "mode": "all-target", "rate": 0.5, "trigger": {"size": 5}}, Poisoning, True),
+        ({"kind": "noise-blend-plus"}, Poisoning, True),
         ({"kind": "blended", "mode": "source-target", "target": 4}, Poisoning, True),
         ({"kind": "clean-label", "options": {"epsilon": 0.2, "steps": 2}}, CleanLabelPoisoning, True),
         ({"kind": "badnet", "mode": "placebo"}, Poisoning, False),
@@ -331,6 +331,11 @@ def test_every_kind_of_victim_comes_back_from_its_folder(tmp_path, attack, kind,
 
 
 def test_an_unknown_attack_is_refused_with_the_known_ones():
-    asked = spec().victim(spec().groups[0], 0, 0).model_copy(update={"attack": AttackSpec(kind="badnets")})
     with pytest.raises(ValueError, match="badnets.*badnet, blended"):
-        train_victim(asked)
+        AttackSpec(kind="badnets")
+
+
+@pytest.mark.parametrize("wrong", [{"trigger": {"sise": 4}}, {"options": {"epsilon": 0.1}}])
+def test_settings_that_an_attack_does_not_have_are_refused_when_the_spec_is_read(wrong):
+    with pytest.raises(ValueError, match="sise.*size|epsilon.*rate"):
+        AttackSpec(kind="badnet", **wrong)

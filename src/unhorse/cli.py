@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +121,8 @@ def fit(
     scanner = SignatureScanner(kind=kind, maps=maps, epochs=epochs, seed=seed, **settings)
     register, signatures = population_signatures(population, "fit", scanner.preset, workers=jobs)
     _say(f"fitting on {len(register)} models, {sum(member.trojaned for member in register)} of them trojaned")
-    scanner.fit(signatures, [member.trojaned for member in register], [member.target for member in register])
+    trojaned, targets = [member.trojaned for member in register], [member.target for member in register]
+    scanner.fit(signatures, trojaned, targets, progress=_fit_progress())
     scanner.save(output)
     _say(f"scanner written to {output}: use it with `unhorse scan MODEL --scanner {output}`")
     return 0
@@ -243,6 +245,20 @@ def _show(result: Any, html: Path | None, json: Path | None) -> None:
     for path in (html, json):
         if path is not None:
             _say(f"written: {path}")
+
+
+def _fit_progress() -> Callable[[int, int, float], None]:
+    started = spoken = time.monotonic()
+
+    def say(done: int, total: int, loss: float) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        if now - spoken >= 5 or done == total:
+            spoken = now
+            left = (now - started) / done * (total - done)
+            _say(f"fitting: {done}/{total} epochs, validation loss {loss:.4f}, {left:.0f} s left")
+
+    return say
 
 
 def _command() -> tuple[str, ...]:

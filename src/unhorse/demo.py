@@ -34,7 +34,7 @@ def run_demo(output: Path, *, seed: int, command: Sequence[str]) -> int:
         accuracies = {metric: value for metric, value in card["metrics"].items() if value is not None}
         _say(f"trained {name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in accuracies.items()))
         target = card["attack"]["target"] if card["trojaned"] else target
-    result = scan_models(folders, Request(seed=seed), command=command)
+    result = scan_models(folders, Request(seed=seed, effort="deep"), command=command)
     _show(result)
     page = output / "report.html"
     report.save(result, html=page, json=output / "report.json")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import sys
 import time
@@ -62,7 +63,7 @@ def make_scanner(request: Request, *, device: torch.device) -> ModelScanner:
     effort.
     """
     if request.scanner is not None:
-        return SignatureScanner.load(request.scanner, device=str(device))
+        return SignatureScanner.load(request.scanner, device=str(device), cache=cache_folder() / "signatures")
     return replace(EFFORTS[request.effort], seed=request.seed)
 
 
@@ -184,7 +185,8 @@ def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
     """The user's clean images, held to the model's input shape."""
     if source is None:
         return None
-    data = load_dataset(str(source), "test", size=model.image_shape[1:])
+    size = model.image_shape[1:]
+    data = _first_split(source, size)
     if data.image_shape != model.image_shape:
         raise ValueError(
             f"the clean images are {data.image_shape}, the model takes {model.image_shape}: convert them"
@@ -192,11 +194,27 @@ def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
     return data
 
 
+def _first_split(source: Path, size: tuple[int, int]) -> Dataset:
+    """The first split there is, those that no model was trained on before the others."""
+    errors = []
+    for split in ("test", "valid", "train"):
+        try:
+            return load_dataset(str(source), split, size=size)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is an accelerator if there is one, else the CPU."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cache_folder() -> Path:
+    """Where signatures are kept between runs: $UNHORSE_CACHE, else ~/.cache/unhorse."""
+    return Path(os.environ.get("UNHORSE_CACHE") or Path.home() / ".cache" / "unhorse")
 
 
 def environment(device: str) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from unhorse.core import Images
 
-Placement = Literal["corner", "random"]
+Placement = Literal["corner", "corners", "random"]
 Colours = Literal["binary", "uniform"]
 
 
@@ -55,29 +56,34 @@ def patches(
 ) -> Stamp:
     """An opaque patch of each of `values`, each at a place of its own.
 
-    "corner" keeps `margin` pixels to the two nearest edges, as ULP's populations do; "random" may lie
+    "corner" keeps `margin` pixels to the two nearest edges, as ULP's populations do; "corners" fills all four
+    with the same colours (Turner et al., arXiv 1912.02771), "random" may lie
     anywhere.
     """
     count, channels, size, _ = values.shape
     height, width = image_shape[1:]
-    if size + (2 * margin if placement == "corner" else 0) > min(height, width):
+    if size + (0 if placement == "random" else 2 * margin) > min(height, width):
         raise ValueError(f"a {size}x{size} patch does not fit {height}x{width} images: use a smaller size")
     patterns = torch.zeros(count, channels, height, width)
     masks = torch.zeros(count, 1, height, width)
     for index in range(count):
-        top, left = _place(size, (height, width), rng, placement, margin)
-        patterns[index, :, top : top + size, left : left + size] = values[index]
-        masks[index, :, top : top + size, left : left + size] = 1
+        for top, left in _places(size, (height, width), rng, placement, margin):
+            patterns[index, :, top : top + size, left : left + size] = values[index]
+            masks[index, :, top : top + size, left : left + size] = 1
     return Stamp(patterns, masks)
 
 
-def _place(
+def _places(
     size: int, frame: tuple[int, int], rng: torch.Generator, placement: Placement, margin: int
-) -> tuple[int, int]:
-    draw = torch.rand(2, generator=rng).tolist()
+) -> list[tuple[int, int]]:
+    """The (top, left) pixels of one patch."""
+    rows, columns = ((margin, side - margin - size) for side in frame)
+    if placement == "corners":
+        return list(product(rows, columns))
+    down, across = torch.rand(2, generator=rng).tolist()
     if placement == "corner":
-        return tuple(margin if u < 0.5 else side - margin - size for u, side in zip(draw, frame, strict=True))  # type: ignore[return-value]
-    return tuple(int(u * (side - size + 1)) for u, side in zip(draw, frame, strict=True))  # type: ignore[return-value]
+        return [(rows[int(2 * down)], columns[int(2 * across)])]
+    return [(int(down * (frame[0] - size + 1)), int(across * (frame[1] - size + 1)))]
 
 
 def blends(images: Images, opacity: float) -> Stamp:

@@ -8,15 +8,15 @@ import functools
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
-from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning
+from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning, StampKind
 from unhorse.core import Attack, Classifier, Dataset
 from unhorse.datasets import load_dataset, natural_images, subset
 from unhorse.metrics import accuracy, trojan_accuracy
@@ -45,7 +45,8 @@ class AttackSpec(Spec):
     """An attack: its trigger kind (a key of STAMPS), its mode, and what is drawn when left out (target,
     source).
 
-    `pool` patterns are fixed by `pool_seed`: two groups share triggers when both agree, and never otherwise.
+    `pool` patterns are fixed by `pool_seed`: two groups that agree on both draw from the
+    same patterns.
     """
 
     kind: str
@@ -57,6 +58,18 @@ class AttackSpec(Spec):
     pool_seed: int = 0
     trigger: dict[str, Any] = Field(default_factory=dict)
     options: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        """Refuses what would only fail inside a job."""
+        if self.kind not in STAMPS:
+            raise ValueError(f"unknown attack {self.kind!r}: one of {', '.join(STAMPS)}")
+        made = CleanLabelPoisoning if self.kind == "clean-label" else Poisoning
+        for name, given, known in (("trigger", self.trigger, StampKind), ("options", self.options, made)):
+            allowed = {entry.name for entry in fields(known)}
+            if unknown := sorted(given.keys() - allowed):
+                raise ValueError(f"unknown {name} {unknown}: one of {', '.join(sorted(allowed))}")
+        return self
 
 
 class VictimSpec(Spec):
@@ -133,14 +146,12 @@ def make_attack(
     """The attack that `spec` describes on `model`'s task; what it leaves open (target, source, triggers) is
     drawn from `rng`.
     """
-    if spec.kind not in STAMPS:
-        raise ValueError(f"unknown attack {spec.kind!r}: one of {', '.join(STAMPS)}")
     classes = torch.randperm(model.num_classes, generator=rng).tolist()
     target = classes[0] if spec.target is None else spec.target
     source = None
     if spec.mode == "source-target":
         source = next(label for label in classes if label != target) if spec.source is None else spec.source
-    kind = STAMPS[spec.kind].__class__(**{**asdict(STAMPS[spec.kind]), **spec.trigger})
+    kind = replace(STAMPS[spec.kind], **spec.trigger)
 
     def natural(count: int, seed: int) -> torch.Tensor:
         return natural_images(count, model.image_shape, seed=seed)

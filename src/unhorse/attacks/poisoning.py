@@ -101,8 +101,8 @@ class CleanLabelPoisoning:
     num_classes: int
     target: int = 0
     rate: float = 0.75
-    epsilon: float = 0.3
-    steps: int = 8
+    epsilon: float = 0.2
+    steps: int = 5
     recipe: Recipe = Recipe(epochs=1)
     surrogate_: Classifier | None = field(default=None, repr=False)
 
@@ -200,7 +200,7 @@ class StampKind:
         chosen = torch.randperm(total, generator=rng)[: self.count]
         if self.family == "patch":
             # 5 of 28 or 32 pixels, 10 of 64, 2 of 8: what the papers use, and what fits scikit-learn's digits
-            size = self.size or max(2, round(min(image_shape[1:]) / 6.4))
+            size = self.size or max(2, round(min(image_shape[1:]) / 6.2))
             values = patch_colours(total, image_shape[0], size, source, colours=self.colours)[chosen]
             return patches(values, image_shape, rng, placement=self.placement)
         if self.family == "noise":
@@ -216,5 +216,5 @@ STAMPS: dict[str, StampKind] = {
     "badnet-plus": StampKind("patch", count=20),
     "noise-blend-plus": StampKind("noise", count=20),
     "image-blend-plus": StampKind("natural", count=20),
-    "clean-label": StampKind("patch"),
+    "clean-label": StampKind("patch", placement="corners"),
 }

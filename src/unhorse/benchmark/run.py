@@ -13,7 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from unhorse.metrics import (
     wilson_interval,
 )
 from unhorse.models.classifier import load_classifier
-from unhorse.scanners.activation_outlier import ActivationOutlier
+from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.signature_scanner import SignatureScanner
 from unhorse.victims import Spec
 from unhorse.zoo import Member, ZooSpec, build, members
@@ -81,7 +81,8 @@ class Trial:
         return outcome | {"seconds": time.monotonic() - started}
 
     def _outliers(self) -> dict[str, Any]:
-        scanner = ActivationOutlier(seed=self.seed, **dict(self.options))
+        options = dict(self.options)
+        scanner = replace(EFFORTS[options.pop("effort", "standard")], seed=self.seed, **options)
         register = members(self.population, "held-back")
         results = [scanner.scan(load_classifier(member.folder)) for member in register]
         return {

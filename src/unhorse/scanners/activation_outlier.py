@@ -28,7 +28,7 @@ from unhorse.core import (
     Verdict,
 )
 from unhorse.scanners.footprints import Demonstration, FootprintSearch, Inputs, demonstrate
-from unhorse.scanners.signatures import Precision, Preset, chunk_size, frozen, optimise
+from unhorse.scanners.optimisation import Precision, Preset, chunk_size, frozen, optimise
 
 ALPHA = 0.05
 BASE_LEVELS = (0.0, 0.5, 0.25, 0.75)  # start images: a flat grey of this level and some noise
@@ -57,11 +57,11 @@ class ActivationOutlier:
     conformal p-value decides instead. Fewer than 3 classes: UNDECIDED.
     """
 
-    steps: int = 30
-    learning_rate: float = 0.1
-    starts: int = 2
-    confidence: float = 0.9
-    threshold: float = 0.75
+    steps: int = 20
+    learning_rate: float = 0.15
+    starts: int = 3
+    confidence: float = 0.95
+    threshold: float = 0.7
     search: FootprintSearch = FootprintSearch()
     precision: Precision = "auto"
     seed: int = 0
@@ -99,7 +99,7 @@ class ActivationOutlier:
             triggers={suspect: demonstration.trigger} if demonstration.demonstrated else {},
             reference=self.reference,
             facts=self._facts(demonstration, clean),
-            exhibits=tuple(_exhibits(model, margins, demonstration, suspect if finding else None)),
+            exhibits=tuple(self._exhibits(model, margins, demonstration, suspect if finding else None)),
             warnings=self._warnings(model, enough),
         )
 
@@ -149,6 +149,33 @@ class ActivationOutlier:
         found = optimise(model, objective, start, preset, precision=self.precision, watch=watch)
         proxies = torch.where(unsure[:, None, None, None], found.maps, proxies)
         return found.maps, -found.objective, proxies
+
+    def _exhibits(
+        self, model: Classifier, margins: Margins, demonstration: Demonstration, target: int | None
+    ) -> Iterator[Exhibit]:
+        k, names = model.num_classes, model.class_names
+        marked = () if target is None else (target,)
+        reached = margins.reached.tolist()
+        yield ImageGrid(
+            "Margin maps: what drives each class",
+            margins.maps[:k].cpu(),
+            tuple(f"{name}: {value:.1f}" for name, value in zip(names, reached, strict=True)),
+            marked,
+            note="Each image was optimised until the model preferred its class as strongly as it can; "
+            "the number is the best margin over the next class, over all starts.",
+        )
+        yield Bars(
+            "Margin reached per class",
+            tuple(names),
+            tuple(reached),
+            threshold=flagging_margin(margins.reached, self.threshold),
+            marked=marked,
+            axis="logit margin",
+            note="A Trojan leaves a class much easier to reach than the others. The line is where the "
+            "largest one would be flagged, the others being as they are.",
+        )
+        yield from demonstration.exhibits(names)
+        yield Table("Footprints compared", ("footprint", "flip rate"), demonstration.rows(names))
 
     def estimate(self, model: Classifier) -> float:
         """Seconds that a scan of `model` will take, from the time of one step on a few images."""
@@ -221,35 +248,19 @@ def _labelled(model: Classifier, clean: Dataset, most: int = 128) -> Inputs:
         return Inputs(images, model(images).argmax(1))
 
 
-def _exhibits(
-    model: Classifier, margins: Margins, demonstration: Demonstration, target: int | None
-) -> Iterator[Exhibit]:
-    k, names = model.num_classes, model.class_names
-    marked = () if target is None else (target,)
-    reached = [f"{value:.1f}" for value in margins.reached.tolist()]
-    captions = tuple(f"{name}: {value}" for name, value in zip(names, reached, strict=True))
-    yield ImageGrid(
-        "Margin maps: what drives each class",
-        margins.maps[:k].cpu(),
-        captions,
-        marked,
-        note="Each image was optimised until the model preferred its class as strongly as it can; the number is the "
-        "margin over the next best class.",
-    )
-    yield Bars(
-        "Margin reached per class",
-        tuple(names),
-        tuple(margins.reached.tolist()),
-        marked=marked,
-        axis="logit margin",
-        note="A Trojan leaves a class that is much easier to reach than the others.",
-    )
-    yield from demonstration.exhibits(names)
-    yield Table("Footprints compared", ("footprint", "flip rate"), demonstration.rows(names))
+def flagging_margin(reached: Float[Tensor, " k"], threshold: float) -> float:
+    """The margin at which the largest class would reach `threshold`, the others as they are; by bisection."""
+    others = reached.sort().values[:-1]
+    low, high = float(others[-1]), 1e3 * float(reached.max())
+    for _ in range(60):
+        middle = (low + high) / 2
+        flagged = outlier_score(torch.cat([others, torch.tensor([middle])])) >= threshold
+        low, high = (low, middle) if flagged else (middle, high)
+    return high
 
 
 EFFORTS = {
-    "quick": ActivationOutlier(steps=20, starts=2, search=FootprintSearch(steps=12, refine=6, rivals=2)),
+    "quick": ActivationOutlier(starts=2, search=FootprintSearch(rivals=1)),
     "standard": ActivationOutlier(),
-    "deep": ActivationOutlier(steps=60, starts=4, search=FootprintSearch(steps=60, refine=30, rivals=9)),
+    "deep": ActivationOutlier(starts=6, search=FootprintSearch(steps=40, refine=20, rivals=9)),
 }

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from unhorse.core import Classifier, Exhibit, ImageGrid, Images, Labels, ReconstructedTrigger
 from unhorse.models.training import autocast
-from unhorse.scanners.signatures import Precision, uses_bf16
+from unhorse.scanners.optimisation import Precision, uses_bf16
 
 Family = Literal["patch", "blend"]
 
@@ -53,10 +53,10 @@ class FootprintSearch:
 
     area: float = 0.05
     opacity: float = 0.2
-    steps: int = 24
-    refine: int = 12
-    learning_rate: float = 0.3
-    price: float = 3.0
+    steps: int = 16
+    refine: int = 8
+    learning_rate: float = 0.5
+    price: float = 1.0
     rivals: int = 3
     random: int = 10
     flip_rate: float = 0.7

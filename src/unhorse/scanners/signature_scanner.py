@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unhorse.core import Bars, Classifier, Dataset, Reference, ScanResult, Scores, Signature, Verdict
+from unhorse.scanners.optimisation import Precision
 from unhorse.scanners.signature_networks import RESNEXT50, ConvolutionNetwork, TransformerNetwork
 from unhorse.scanners.signature_set import Evidence, SetNetwork, evidence_of
 from unhorse.scanners.signature_storage import read_scanner, write_scanner
@@ -27,7 +28,7 @@ from unhorse.scanners.signature_training import (
     stratified_split,
     train_ensemble,
 )
-from unhorse.scanners.signatures import Precision, compute_signature
+from unhorse.scanners.signatures import compute_signature
 
 ALPHA = 0.05
 DIRECTIONS = {"min": ("min",), "max": ("max",), "both": ("min", "max")}

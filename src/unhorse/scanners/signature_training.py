@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unhorse.core import Labels, Scores
+from unhorse.scanners.optimisation import Precision
 from unhorse.scanners.signature_networks import Findings, Maps
 from unhorse.scanners.signature_set import Evidence, SetNetwork, drop_classes, gather
-from unhorse.scanners.signatures import Precision
 
 Items = Sequence[Tensor] | Sequence[Evidence]
 NO_TARGET = -1
