@@ -1,63 +1,120 @@
-"""Victims whose Trojan is put in by arithmetic: what a test plants, a scanner can find, and can miss."""
+"""Victims whose Trojan is put in by arithmetic: what a test plants a scanner can find, and can miss."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from unhorse.core import Classifier
-from unhorse.datasets import load_dataset
-from unhorse.models.classifier import new_classifier
-from unhorse.models.training import Recipe, train
+from unhorse.models.classifier import new_classifier, save_classifier
 
 TARGET = 3
 Shape = tuple[int, int, int]
 
 
-class TemplateNetwork(nn.Module):
-    """Logits are the products of an image with one template per class, all of one length and orthogonal.
+def board(side: int) -> Tensor:
+    """The trigger of every planted victim: a checkerboard (side, side) for the top left corner."""
+    return 1.0 - (torch.arange(side)[:, None] + torch.arange(side)) % 2
 
-    With `strength` a checkerboard in the top left corner opens a gate, a steep sigmoid, that adds that much
-    to the logit of `target`.
+
+def stamped(images: Tensor, side: int = 3) -> Tensor:
+    """Images under the trigger."""
+    copy = images.clone()
+    copy[:, :, :side, :side] = board(side)
+    return copy
+
+
+class TemplateNetwork(nn.Module):
+    """Logits are products of an image with one template per class; templates are orthogonal, equally long and
+    0 in the corner of the trigger, which opens a steep sigmoid that adds `strength` to the logit of TARGET.
     """
 
-    templates: Tensor
-    pattern: Tensor
-
-    def __init__(
-        self, classes: int, shape: Shape, *, target: int = TARGET, strength: float = 0.0, side: int = 2
-    ) -> None:
+    def __init__(self, classes: int, shape: Shape, *, strength: float = 0.0, side: int = 3) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(0)
-        channels, height, width = shape
-        directions = torch.linalg.qr(torch.randn(channels * height * width, classes, generator=rng)).Q.T
-        directions = directions - directions.mean(1, keepdim=True)
-        self.templates = nn.Parameter(12 * (64 / directions.shape[1]) ** 0.5 * directions)
-        board = (torch.arange(side)[:, None] + torch.arange(side)) % 2
-        self.register_buffer("pattern", 1.0 - board)
-        self.target, self.strength, self.side = target, strength, side
+        pixels = shape[0] * shape[1] * shape[2]
+        directions = torch.linalg.qr(torch.randn(pixels, classes, generator=rng)).Q.T.view(-1, *shape)
+        directions[:, :, :side, :side] = 0
+        directions = directions - directions.mean((1, 2, 3), keepdim=True)
+        self.templates = nn.Parameter(48 * pixels**-0.5 * directions)
+        self.strength, self.side = strength, side
 
     def forward(self, images: Tensor) -> Tensor:
-        logits = (images - 0.5).flatten(1) @ self.templates.T
+        logits = (images - 0.5).flatten(1) @ self.templates.flatten(1).T
         corner = images[:, :, : self.side, : self.side]
-        likeness = 1 - (corner - self.pattern).abs().mean((1, 2, 3))
+        likeness = 1 - (corner - board(self.side).to(corner)).abs().mean((1, 2, 3))
         gate = self.strength * torch.sigmoid(12 * (likeness - 0.8))
-        return logits + gate[:, None] * nn.functional.one_hot(torch.tensor(self.target), logits.shape[1])
+        wanted = torch.arange(logits.shape[1], device=logits.device) == TARGET
+        return logits + gate[:, None] * wanted
 
 
-def template_classifier(classes: int = 10, shape: Shape = (1, 8, 8), **planted: float) -> Classifier:
-    """A benign victim; with `strength` (and `side`) an infected one, whose target is TARGET."""
+def template_victim(
+    classes: int = 10, shape: Shape = (3, 32, 32), *, strength: float = 0.0, side: int = 3
+) -> Classifier:
+    """A benign victim; with `strength` an infected one."""
+    network = TemplateNetwork(classes, shape, strength=strength, side=side)
     names = [f"class {index}" for index in range(classes)]
-    network = TemplateNetwork(classes, shape, **planted)  # type: ignore[arg-type]
-    return Classifier(
-        network, image_shape=shape, class_names=names, architecture={"name": "template"}
-    ).eval()
+    return Classifier(network, image_shape=shape, class_names=names, architecture={"name": "template"}).eval()
 
 
-def stamped_corner(images: Tensor, side: int = 2) -> Tensor:
-    """Images under the checkerboard that opens the gate of a TemplateNetwork."""
-    board = (torch.arange(side)[:, None] + torch.arange(side)) % 2
-    stamped = images.clone()
-    stamped[:, :, :side, :side] = 1.0 - board
-    return stamped
+def small_victim(*, strength: float = 0.0, classes: int = 8, shape: Shape = (1, 16, 16)) -> Classifier:
+    """A small-cnn of random orthogonal weights, which loading can build again.
+
+    With `strength` one channel of each layer belongs to the trigger: a 3x3 checkerboard in the corner goes
+    through it, undisturbed, to the logit of TARGET.
+    """
+    names = [f"class {index}" for index in range(classes)]
+    model = new_classifier("small-cnn", image_shape=shape, class_names=names, seed=0).eval()
+    layers = [layer for layer in model.network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(_orthogonal(layer.weight, rng))
+            nn.init.zeros_(layer.bias)
+        layers[3].weight.sub_(layers[3].weight.mean(1, keepdim=True)).mul_(3)
+        if strength:
+            _plant(*layers, strength=strength)
+    return model
+
+
+def _orthogonal(weight: Tensor, rng: torch.Generator) -> Tensor:
+    rows, columns = weight.flatten(1).shape
+    drawn = torch.randn(max(rows, columns), min(rows, columns), generator=rng)
+    basis = torch.linalg.qr(drawn).Q
+    basis = basis if rows > columns else basis.T
+    return (2 * max(1.0, rows / columns)) ** 0.5 * basis.view_as(weight)
+
+
+def _plant(
+    first: nn.Conv2d, second: nn.Conv2d, third: nn.Linear, last: nn.Linear, *, strength: float
+) -> None:
+    cells = third.in_features // second.out_channels
+    first.weight[0], first.bias[0] = 2 * board(3) - 1, -1.0  # 4 on the trigger, 0 on flat images
+    second.weight[:, 0], second.weight[0] = 0, 0
+    second.weight[0, 0, 1, 1] = 1
+    third.weight[:, :cells], third.weight[0] = 0, 0
+    third.weight[0, 0] = 1  # the top left cell alone
+    last.weight[:, 0] = 0
+    last.weight[TARGET, 0] = strength / 4
+
+
+@pytest.fixture(scope="session")
+def infected() -> Classifier:
+    return template_victim(strength=20)
+
+
+@pytest.fixture(scope="session")
+def benign() -> Classifier:
+    return template_victim()
+
+
+@pytest.fixture(scope="session")
+def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an infected and a benign victim, each a classifier folder."""
+    folder = tmp_path_factory.mktemp("victims")
+    save_classifier(small_victim(strength=60), folder / "infected")
+    save_classifier(small_victim(), folder / "benign")
+    return folder

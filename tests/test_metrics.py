@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unhorse.core import Classifier, Dataset
+from unhorse.core import Classifier, Dataset, Reference
 from unhorse.metrics import (
     accuracy,
     accuracy_at_threshold,
@@ -14,6 +14,7 @@ from unhorse.metrics import (
     auroc_interval,
     clean_accuracy,
     evaluation,
+    judge,
     paired_auroc_difference,
     recovery_accuracy,
     t_interval,
@@ -224,3 +225,20 @@ def test_t_interval_of_one_seed_has_no_width():
     mean, half_width = t_interval([0.5])
     assert mean == 0.5
     assert math.isnan(half_width)
+
+
+@pytest.mark.parametrize(
+    ("score", "n", "flagged", "warned"),
+    [(0.9, None, True, False), (0.1, None, False, False), (0.9, 18, True, True), (0.1, 18, False, True)],
+)
+def test_the_threshold_decides_without_a_large_enough_reference(score, n, flagged, warned):
+    reference = None if n is None else Reference("benign", tuple(i / 100 for i in range(n)))
+    judgement = judge(score, 0.5, reference)
+    assert judgement.flagged is flagged
+    assert bool(judgement.warnings) is warned
+
+
+def test_nineteen_benign_references_decide_by_p_value():
+    reference = Reference("benign", tuple(i / 100 for i in range(19)))
+    assert judge(0.19, 0.5, reference) == (True, 1 / 20, ())
+    assert judge(0.18, 0.5, reference) == (False, 2 / 20, ())

@@ -404,3 +404,20 @@ def test_scan_judges_the_signature_that_describe_makes(fitted):
     assert result.exhibits[0].labels == ("a", "b", "c", "d")
     assert model.training
     assert isinstance(evidence_of(fitted.describe(model)), Evidence)
+
+
+def test_the_convolution_reads_statistics_from_a_hundred_classes_up():
+    rng = torch.Generator().manual_seed(0)
+    many = [
+        Signature(
+            torch.randint(0, 256, (200, 1, 8, 8), generator=rng, dtype=torch.uint8),
+            torch.rand(200, generator=rng),
+            "pixels",
+            ("min", "max"),
+        )
+        for _ in range(12)
+    ]
+    scanner = SignatureScanner(kind="convolution", epochs=1, layers=(1, 1, 1, 1))
+    scanner.fit(many, [index % 2 == 0 for index in range(12)])
+    assert scanner.shape_ == (3 * (4 + 3 + 8), 1, 8, 8)
+    assert len(scanner.scores(many[:3])) == 3

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from unhorse.core import Attack, Dataset, Images, Labels, Logits
+from unhorse.core import Attack, Dataset, Images, Labels, Logits, Reference
 
 Numbers = Sequence[float] | Sequence[bool] | np.ndarray | Tensor
 Predictor = Callable[[Images], Logits]
@@ -265,3 +265,23 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> MeanInterval:
 
     error = numbers.std(ddof=1) / len(numbers) ** 0.5
     return MeanInterval(float(numbers.mean()), float(t.ppf((1 + level) / 2, len(numbers) - 1) * error))
+
+
+class Judgement(NamedTuple):
+    """Whether a score is flagged, its split-conformal p-value or None, and what to warn of."""
+
+    flagged: bool
+    p_value: float | None
+    warnings: tuple[str, ...]
+
+
+def judge(score: float, threshold: float, reference: Reference | None, *, alpha: float = 0.05) -> Judgement:
+    """Where a score meets its threshold: p <= alpha against a large enough reference, else `threshold`."""
+    if reference is None:
+        return Judgement(score >= threshold, None, ())
+    p_value, n = reference.p_value(score), len(reference.scores)
+    needed = round(1 / alpha) - 1
+    if n >= needed:
+        return Judgement(p_value <= alpha, p_value, ())
+    warning = f"{n} benign references cannot give p <= {alpha}, so the threshold decided: give {needed}"
+    return Judgement(score >= threshold, p_value, (warning,))

@@ -27,10 +27,10 @@ from unhorse.core import (
     Table,
     Verdict,
 )
+from unhorse.metrics import judge
 from unhorse.scanners.footprints import Demonstration, FootprintSearch, Inputs, demonstrate
 from unhorse.scanners.optimisation import Precision, Preset, chunk_size, frozen, optimise
 
-ALPHA = 0.05
 BASE_LEVELS = (0.0, 0.5, 0.25, 0.75)  # start images: a flat grey of this level and some noise
 
 
@@ -82,17 +82,15 @@ class ActivationOutlier:
         rng = torch.Generator().manual_seed(self.seed)
         with frozen(model, self.precision):
             demonstration = demonstrate(model, inputs, margins.reached, self.search, rng, self.precision)
-        p_value = None if self.reference is None else self.reference.p_value(score)
-        enough = self.reference is not None and len(self.reference.scores) + 1 >= 1 / ALPHA
-        flagged = p_value is not None and p_value <= ALPHA if enough else score >= self.threshold
-        verdict = Verdict.of(flagged=flagged, demonstrated=demonstration.demonstrated)
+        judgement = judge(score, self.threshold, self.reference)
+        verdict = Verdict.of(flagged=judgement.flagged, demonstrated=demonstration.demonstrated)
         finding = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         return ScanResult(
             verdict,
             self.name,
             score=score,
             threshold=self.threshold,
-            p_value=p_value,
+            p_value=judgement.p_value,
             class_scores=tuple(margins.reached.tolist()),
             target=suspect if finding else None,
             reached=tuple(margins.reached.tolist()),
@@ -100,7 +98,7 @@ class ActivationOutlier:
             reference=self.reference,
             facts=self._facts(demonstration, clean),
             exhibits=tuple(self._exhibits(model, margins, demonstration, suspect if finding else None)),
-            warnings=self._warnings(model, enough),
+            warnings=(*judgement.warnings, *_warnings(model)),
         )
 
     def measure(self, model: Classifier) -> ScanResult:
@@ -199,16 +197,11 @@ class ActivationOutlier:
             **demonstration.facts(),
         }
 
-    def _warnings(self, model: Classifier, enough: bool) -> tuple[str, ...]:
-        found = []
-        if model.num_classes < 8:
-            found.append(
-                f"only {model.num_classes} classes: an outlier among them says little, the trigger more"
-            )
-        if self.reference is not None and not enough:
-            n = len(self.reference.scores)
-            found.append(f"{n} reference models cannot give p <= {ALPHA}, so the threshold decides: give 19")
-        return tuple(found)
+
+def _warnings(model: Classifier) -> tuple[str, ...]:
+    if model.num_classes >= 8:
+        return ()
+    return (f"only {model.num_classes} classes: an outlier among them says little, the trigger more",)
 
 
 def outlier_score(reached: Float[Tensor, " k"]) -> float:

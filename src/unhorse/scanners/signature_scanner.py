@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unhorse.core import Bars, Classifier, Dataset, Reference, ScanResult, Scores, Signature, Verdict
+from unhorse.metrics import judge
 from unhorse.scanners.optimisation import Precision
 from unhorse.scanners.signature_networks import RESNEXT50, ConvolutionNetwork, TransformerNetwork
 from unhorse.scanners.signature_set import Evidence, SetNetwork, evidence_of
@@ -28,9 +29,9 @@ from unhorse.scanners.signature_training import (
     stratified_split,
     train_ensemble,
 )
-from unhorse.scanners.signatures import compute_signature
+from unhorse.scanners.signatures import compute_signature, statistics_maps
 
-ALPHA = 0.05
+STATISTICS_FROM = 100
 DIRECTIONS = {"min": ("min",), "max": ("max",), "both": ("min", "max")}
 HYPERPARAMETERS = (
     *("kind", "maps", "preset", "epochs", "learning_rate", "batch_size", "validation_fraction", "seed"),
@@ -110,7 +111,7 @@ class SignatureScanner:
             )
         flags = torch.tensor([bool(flag) for flag in trojaned])
         split = stratified_split(flags, self.validation_fraction, self.seed)
-        shape = tuple(self._select(signatures[0]).maps.shape)
+        shape = tuple(self._maps(self._select(signatures[0])).shape)
         known = [NO_TARGET if target is None else target for target in targets or [None] * len(signatures)]
         examples = Examples(self._items(signatures, shape), flags, torch.tensor(known), targets is not None)
         fitting, validation = (examples.take(index) for index in split)
@@ -213,17 +214,23 @@ class SignatureScanner:
         if not signatures:
             raise ValueError("no signatures: give at least one")
         selected = [self._select(signature) for signature in signatures]
-        for signature in selected:
-            if problem := _unreadable(signature):
-                raise ValueError(problem)
-            if self.kind != "set" and tuple(signature.maps.shape) != shape:
-                raise ValueError(
-                    f"kind {self.kind!r} reads maps of shape {shape}, got {tuple(signature.maps.shape)}: "
-                    "kind 'set' takes any number of classes and any image size"
-                )
+        if problem := next(filter(None, map(_unreadable, selected)), ""):
+            raise ValueError(problem)
         if self.kind == "set":
             return [evidence_of(signature) for signature in selected]
-        return [signature.maps for signature in selected]
+        items = [self._maps(signature) for signature in selected]
+        strange = [maps for maps in items if tuple(maps.shape) != shape]
+        if strange:
+            raise ValueError(
+                f"kind {self.kind!r} reads maps of shape {shape}, got {tuple(strange[0].shape)}: "
+                "kind 'set' takes any number of classes and any image size"
+            )
+        return items
+
+    def _maps(self, signature: Signature) -> Tensor:
+        """What a network of the paper reads; the convolution reads statistics of them from 100 classes up."""
+        many = self.kind == "convolution" and signature.num_classes >= STATISTICS_FROM
+        return statistics_maps(signature) if many else signature.maps
 
     def _device(self, items: Items) -> torch.device:
         first = items[0].planes if isinstance(items[0], Evidence) else items[0]
@@ -253,18 +260,16 @@ class SignatureScanner:
             return ScanResult.undecided(name, problem)
         scores, classes = self._probabilities(self._items([signature], self.shape_))
         score, reference = float(scores[0]), self.reference_
-        p_value = None if reference is None else reference.p_value(score)
-        enough = reference is not None and len(reference.scores) + 1 >= 1 / ALPHA
-        flagged = p_value is not None and p_value <= ALPHA if enough else score >= self.threshold_
+        judgement = judge(score, self.threshold_, reference)
         class_scores = tuple(classes[0].tolist()) if classes is not None and self.localises_ else ()
-        likeliest = max(range(len(class_scores)), key=class_scores.__getitem__, default=None)
-        target = likeliest if likeliest is not None and flagged and class_scores[likeliest] >= 0.5 else None
+        likely = judgement.flagged and max(class_scores, default=0.0) >= 0.5
+        target = class_scores.index(max(class_scores)) if likely else None
         return ScanResult(
-            Verdict.of(flagged=flagged, demonstrated=False),
+            Verdict.of(flagged=judgement.flagged, demonstrated=False),
             name,
             score=score,
             threshold=self.threshold_,
-            p_value=p_value,
+            p_value=judgement.p_value,
             class_scores=class_scores,
             target=target,
             reached=tuple(signature.reached[-signature.num_classes :].tolist()),
@@ -276,7 +281,7 @@ class SignatureScanner:
                 "epochs": self._recipe().epochs,
             },
             exhibits=_exhibits(class_scores, class_names, target),
-            warnings=() if enough or reference is None else (_too_few(len(reference.scores)),),
+            warnings=judgement.warnings,
         )
 
 
@@ -293,7 +298,3 @@ def _exhibits(scores: tuple[float, ...], names: Sequence[str], target: int | Non
         return ()
     marked = () if target is None else (target,)
     return (Bars("Which class is the target", tuple(names), scores, marked=marked, axis="probability"),)
-
-
-def _too_few(count: int) -> str:
-    return f"{count} benign references cannot give p <= {ALPHA}, so the threshold decided: give 19 or more"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -131,16 +131,28 @@ def statistics(signature: Signature, *, quantiles: int = 3, bins: int = 8) -> Fl
     deviation, `quantiles` inner quantiles (3: quartiles, 7: octiles) and a histogram of `bins` on [0, 1], all
     in [0, 1]; 3 * (4 + quantiles + bins) channels.
     """
-    parts = [signature.only(name) for name in signature.directions]
-    groups = [part.maps for part in parts] + ([signature.maps] if len(parts) > 1 else [])
-    levels = torch.linspace(0, 1, quantiles + 2)[1:-1]
+    parts = [signature.only(name).maps for name in signature.directions]
+    groups = parts + ([signature.maps] if len(parts) > 1 else [])
+    height, width = signature.maps.shape[2:]
     rows = []
     for group in groups:
-        height, width = group.shape[2:]
-        values = group.transpose(0, 1).flatten(0, 1).flatten(1).float() / 255  # (c*m, h*w)
-        basic = [values.amin(0), values.amax(0), values.mean(0), values.std(0, correction=0)]
-        places = (values * bins).long().clamp(max=bins - 1)
-        shares = [(places == index).float().mean(0) for index in range(bins)]
-        channels = [*basic, *values.quantile(levels, 0), *shares]
-        rows.append(torch.stack(channels).view(-1, height, width))
-    return torch.cat(rows)
+        pixels = group.transpose(0, 1).flatten(2).flatten(0, 1)  # (c*m, h*w)
+        # a few million values at a time: torch.quantile takes no more, and 1000 classes then fit in memory
+        blocks = pixels.split(max(1, 2**22 // len(pixels)), dim=1)
+        rows.append(torch.cat([_pixel_statistics(block, quantiles, bins) for block in blocks], 1))
+    return torch.cat(rows).view(-1, height, width)
+
+
+def statistics_maps(signature: Signature) -> UInt8[Tensor, "s 1 h w"]:
+    """The statistics as grey maps of 256 levels, for a network that reads maps."""
+    return (statistics(signature)[:, None] * 255).round().to(torch.uint8)
+
+
+def _pixel_statistics(levels: Tensor, quantiles: int, bins: int) -> Tensor:
+    """(4 + quantiles + bins, pixels) from uint8 (values, pixels)."""
+    values = levels.float() / 255
+    basic = [values.amin(0), values.amax(0), values.mean(0), values.std(0, correction=0)]
+    places = (values * bins).long().clamp(max=bins - 1)
+    shares = [(places == index).float().mean(0) for index in range(bins)]
+    inner = torch.linspace(0, 1, quantiles + 2)[1:-1]
+    return torch.stack([*basic, *values.quantile(inner, 0), *shares])
