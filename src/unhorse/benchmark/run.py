@@ -76,9 +76,9 @@ class Trial:
         return f"{self.method}-{self.seed}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
 
     def __call__(self) -> dict[str, Any]:
-        started = time.monotonic()
+        started, provenance = time.monotonic(), _provenance()
         outcome = self._outliers() if self.method == ActivationOutlier.name else self._learned()
-        return outcome | {"seconds": time.monotonic() - started}
+        return outcome | {"seconds": time.monotonic() - started, "provenance": provenance}
 
     def _outliers(self) -> dict[str, Any]:
         options = dict(self.options)
@@ -111,7 +111,7 @@ def run_spec(path: Path, work: Path, results: Path, *, workers: int = 1) -> list
     zoo = ZooSpec.read(path.parent / spec.population)
     population = work / zoo.name
     build(zoo, population, workers=workers)
-    trials = list(_trials(spec, population))
+    trials = sorted(_trials(spec, population), key=lambda trial: trial.seed)  # a whole table per seed
     for preset in sorted(
         {dict(trial.options)["preset"] for trial in trials if "preset" in dict(trial.options)}
     ):
@@ -149,7 +149,6 @@ def _run_trials(trials: Sequence[Trial], folder: Path, workers: int) -> None:
 def _rows(spec: BenchmarkSpec, zoo: ZooSpec, trials: Sequence[Trial], folder: Path) -> Iterator[Row]:
     register = members(trials[0].population, "held-back")
     kinds = {group.name: group.attack for group in zoo.groups if group.split == "held-back"}
-    provenance = _provenance()
     done = {trial: json.loads((folder / trial.name).read_text(encoding="utf-8")) for trial in trials}
     for trial, outcome in done.items():
         shared = {
@@ -163,7 +162,7 @@ def _rows(spec: BenchmarkSpec, zoo: ZooSpec, trials: Sequence[Trial], folder: Pa
             "options": dict(trial.options),
             "seed": trial.seed,
             "seconds": round(outcome["seconds"], 2),
-            **provenance,
+            **outcome["provenance"],
         }
         yield from _trial_rows(shared, outcome, register, kinds)
         if twin := _fp32_twin(trial, done):
@@ -263,11 +262,15 @@ def _mode(attack: Any) -> str | None:
 
 
 def _provenance() -> dict[str, Any]:
+    """Commit, versions and device; dirty when what decides a number (code, specs, pins) is not committed."""
+
     def git(*words: str) -> str:
         found = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
         return found.stdout.strip() if found.returncode == 0 else ""
 
-    changed = [line for line in git("status", "--porcelain").splitlines() if "benchmarks/" not in line]
+    changed = git(
+        "status", "--porcelain", "--", "src", "benchmarks/specs", "pyproject.toml", "constraints.txt"
+    )
     return {
         "commit": git("rev-parse", "HEAD") or "unknown",
         "dirty": bool(changed),
