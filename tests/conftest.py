@@ -60,6 +60,14 @@ def template_victim(
     return Classifier(network, image_shape=shape, class_names=names, architecture={"name": "template"}).eval()
 
 
+def plain_images(model: Classifier, count: int) -> Tensor:
+    """Images of each class in turn for a template victim: the sign of the template under some noise."""
+    assert isinstance(model.network, TemplateNetwork)
+    signs = model.network.templates.detach().sign()[torch.arange(count) % model.num_classes]
+    noise = torch.rand(signs.shape, generator=torch.Generator().manual_seed(1)) - 0.5
+    return 0.5 + 0.2 * signs + 0.2 * noise
+
+
 def small_victim(*, strength: float = 0.0, classes: int = 8, shape: Shape = (1, 16, 16)) -> Classifier:
     """A small-cnn of random orthogonal weights, which loading can build again.
 

@@ -52,6 +52,13 @@ def network() -> nn.Module:
         return nn.Sequential(*layers, nn.Linear(6 * 8 * 8, CLASSES))
 
 
+def linear() -> nn.Linear:
+    layer = nn.Linear(300, CLASSES)
+    layer.weight.data = torch.randn(CLASSES, 300, generator=torch.Generator().manual_seed(1)) / 10
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
 def classifier(inner: nn.Module | None = None, **normalisation: tuple[float, ...]) -> Classifier:
     names = [str(index) for index in range(CLASSES)]
     return Classifier(inner or network(), image_shape=SHAPE, class_names=names, **normalisation).eval()
@@ -100,13 +107,13 @@ def test_one_batch_finds_what_each_map_alone_finds():
 
 
 def test_the_best_map_is_kept_and_not_the_last():
-    model = classifier()
+    model = classifier(nn.Sequential(nn.Flatten(), linear()))
     seen: list[Tensor] = []
 
     def near_one(logits: Tensor, part: slice) -> Tensor:
         return (logits.diagonal()[part] - 1).square()
 
-    wild = Preset("wild", "sgd", 60, 9, space="pixels")  # steps so long that they overshoot
+    wild = Preset("wild", "sgd", 0.4, 9, space="pixels")  # overshoots, and more at every step
     start = start_image(model).expand(CLASSES, -1, -1, -1)
     with frozen(model):
         found = optimise(
@@ -114,8 +121,8 @@ def test_the_best_map_is_kept_and_not_the_last():
         )
     scores = torch.stack(seen)
     assert len(scores) == 10  # the start, and after each step, the last included
-    assert torch.allclose(found.objective, scores.amin(0), atol=1e-4)
-    assert (scores.amin(0) < scores[-1] - 0.01).any()
+    assert torch.allclose(found.objective, scores.amin(0), rtol=1e-3)
+    assert (scores.amin(0) < scores[-1] - 0.1).all()
 
 
 def test_the_map_after_the_last_step_counts():

@@ -222,8 +222,11 @@ def _unfit(model: Classifier) -> str:
 def _unreadable(reached: Tensor) -> str:
     if not reached.isfinite().all():
         return "the outputs are not finite: check the weights and the normalisation (--mean, --std, --range)"
-    if float(reached.max()) <= 0:
-        return "no input makes the model prefer a class: it is constant, or not a classifier of images"
+    if int((reached > 0).sum()) < 2:
+        return (
+            "every input is given the same class: the model is constant, or not a classifier of images, or "
+            "its normalisation is wrong (--mean, --std, --range)"
+        )
     return ""
 
 
