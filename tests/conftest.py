@@ -68,16 +68,17 @@ def plain_images(model: Classifier, count: int) -> Tensor:
     return 0.5 + 0.2 * signs + 0.2 * noise
 
 
-def small_victim(*, strength: float = 0.0, classes: int = 8, shape: Shape = (1, 16, 16)) -> Classifier:
+def small_victim(*, strength: float = 0.0, classes: int = 6, shape: Shape = (1, 16, 16)) -> Classifier:
     """A small-cnn of random orthogonal weights, which loading can build again.
 
     With `strength` one channel of each layer belongs to the trigger: a 3x3 checkerboard in the corner goes
     through it, undisturbed, to the logit of TARGET.
     """
     names = [f"class {index}" for index in range(classes)]
-    model = new_classifier("small-cnn", image_shape=shape, class_names=names, seed=0).eval()
+    options = {"widths": [8, 16], "hidden": 64}
+    model = new_classifier("small-cnn", image_shape=shape, class_names=names, options=options, seed=0).eval()
     layers = [layer for layer in model.network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
-    rng = torch.Generator().manual_seed(5)
+    rng = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for layer in layers:
             layer.weight.copy_(_orthogonal(layer.weight, rng))

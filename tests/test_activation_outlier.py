@@ -7,13 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TARGET, plain_images, small_victim, stamped, template_victim
 from torch import Tensor, nn
 
+from conftest import TARGET, plain_images, small_victim, stamped, template_victim
 from unhorse.core import Bars, Classifier, Dataset, ImageGrid, Reference, Verdict
 from unhorse.models.classifier import new_classifier, weights_hash
-from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, flagging_margin, outlier_score
 from unhorse.scanners import footprints
+from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, flagging_margin, outlier_score
 from unhorse.scanners.footprints import FootprintSearch, Inputs
 from unhorse.scanners.optimisation import frozen
 

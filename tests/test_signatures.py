@@ -15,6 +15,8 @@ from unhorse.models.classifier import weights_hash
 from unhorse.scanners import optimisation
 from unhorse.scanners.optimisation import (
     PRESETS,
+    Adam,
+    Descent,
     Preset,
     chunk_size,
     frozen,
@@ -321,3 +323,26 @@ def test_half_a_cached_signature_is_completed(tmp_path: Path):
     model = classifier()
     compute_signature(model, QUICK, directions=("max",), cache=tmp_path)
     assert compute_signature(model, QUICK, cache=tmp_path).directions == ("min", "max")
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_adam_steps_as_torchs_own_optimizer_does(weight_decay: float):
+    rng = torch.Generator().manual_seed(0)
+    ours = torch.rand(3, 2, generator=rng)
+    theirs = ours.clone().requires_grad_(True)
+    settings = {"betas": (0.5, 0.9), "weight_decay": weight_decay}
+    mine, reference = Adam([ours], 0.1, **settings), torch.optim.Adam([theirs], 0.1, **settings)
+    for _ in range(5):
+        theirs.grad = torch.rand(3, 2, generator=rng) - 0.5
+        mine.step([theirs.grad.clone()])
+        reference.step()
+    torch.testing.assert_close(ours, theirs.detach())
+
+
+def test_descent_steps_as_torchs_own_optimizer_does():
+    ours = torch.tensor([1.0, -2.0])
+    theirs = ours.clone().requires_grad_(True)
+    theirs.grad = torch.tensor([0.5, 0.25])
+    Descent([ours], 0.1, weight_decay=0.2).step([theirs.grad.clone()])
+    torch.optim.SGD([theirs], 0.1, weight_decay=0.2).step()
+    torch.testing.assert_close(ours, theirs.detach())

@@ -19,6 +19,7 @@ app = App(
     "1 finding, 2 failed, incomplete or undecided, 3 nothing scannable, 4 usage, 130 interrupted.",
     help_format="markdown",
     version_flags=["--version"],
+    suppress_keyboard_interrupt=False,  # run() says what an interruption leaves
 )
 scanner_app = App(name="scanner", help="Learned scanners.")
 zoo_app = App(name="zoo", help="Populations of benign and trojaned models.")
@@ -272,7 +273,7 @@ def _say(text: str) -> None:
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code; no error of a user's making ends in a stack trace."""
     try:
-        code = app(arguments, exit_on_error=False, print_error=True)
+        code = app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
     except CycloptsError:
         return 4
     except KeyboardInterrupt:

@@ -85,6 +85,9 @@ class Trial:
         scanner = replace(EFFORTS[options.pop("effort", "standard")], seed=self.seed, **options)
         register = members(self.population, "held-back")
         results = [scanner.scan(load_classifier(member.folder)) for member in register]
+        for member, result in zip(register, results, strict=True):
+            if result.score is None:  # neither a hit nor a miss: leaving it out would flatter the method
+                raise RuntimeError(f"{member.folder} is {result.verdict}: {result.reason}")
         return {
             "scores": [result.score for result in results],
             "verdicts": [str(result.verdict) for result in results],

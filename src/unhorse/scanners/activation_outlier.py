@@ -74,7 +74,7 @@ class ActivationOutlier:
         if reason := _unfit(model):
             return ScanResult.undecided(self.name, reason)
         margins = self.margins(model)
-        if reason := _unreadable(margins.reached):
+        if reason := _unreadable(model, margins):
             return ScanResult.undecided(self.name, reason)
         score = outlier_score(margins.reached)
         suspect = int(margins.reached.argmax())
@@ -105,9 +105,10 @@ class ActivationOutlier:
         """The score alone, without demonstration and so without a verdict: what references are made of."""
         if reason := _unfit(model):
             return ScanResult.undecided(self.name, reason)
-        reached = self.margins(model).reached
-        if reason := _unreadable(reached):
+        margins = self.margins(model)
+        if reason := _unreadable(model, margins):
             return ScanResult.undecided(self.name, reason)
+        reached = margins.reached
         result = ScanResult.undecided(self.name, "only the score was measured")
         return replace(result, score=outlier_score(reached), reached=tuple(reached.tolist()))
 
@@ -219,13 +220,17 @@ def _unfit(model: Classifier) -> str:
     return ""
 
 
-def _unreadable(reached: Tensor) -> str:
-    if not reached.isfinite().all():
+def _unreadable(model: Classifier, margins: Margins) -> str:
+    if not margins.reached.isfinite().all():
         return "the outputs are not finite: check the weights and the normalisation (--mean, --std, --range)"
-    if int((reached > 0).sum()) < 2:
+    some = margins.maps[:: max(1, len(margins.maps) // 16)]  # a few are enough to see whether outputs differ
+    with frozen(model, "fp32"), torch.no_grad():
+        logits = model(some)
+    constant = float((logits - logits[:1]).abs().max()) <= 1e-6 * float(logits.abs().max())
+    if constant or float(margins.reached.max()) <= 0:
         return (
-            "every input is given the same class: the model is constant, or not a classifier of images, or "
-            "its normalisation is wrong (--mean, --std, --range)"
+            "no image changes what the model prefers: it is constant, or not a classifier of images, or its "
+            "normalisation is wrong (--mean, --std, --range)"
         )
     return ""
 

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from unhorse.core import Classifier, Exhibit, ImageGrid, Images, Labels, ReconstructedTrigger
 from unhorse.models.training import autocast
-from unhorse.scanners.optimisation import Precision, uses_bf16
+from unhorse.scanners.optimisation import Adam, Precision, uses_bf16
 
 Family = Literal["patch", "blend"]
 
@@ -54,8 +54,8 @@ class FootprintSearch:
 
     area: float = 0.05
     opacity: float = 0.2
-    steps: int = 16
-    refine: int = 8
+    steps: int = 14
+    refine: int = 6
     learning_rate: float = 0.5
     price: float = 1.0
     rivals: int = 3
@@ -79,7 +79,7 @@ class FootprintSearch:
         family: Family,
         precision: Precision,
     ) -> Footprints:
-        """Footprints for `targets`, found on `inputs`, with their flip rates there."""
+        """Footprints for `targets`, found on `inputs`; `tested` measures their flip rates."""
         images = inputs.images
         shape = (len(targets), *images.shape[1:])
         colours = torch.zeros(shape, device=images.device)
@@ -92,8 +92,7 @@ class FootprintSearch:
             most = max(4, int(self.area * shape[2] * shape[3]))
             masks = _densest(weights, most)
             colours = descent.colours(colours, masks, self.refine)
-        found = Footprints(family, masks, torch.sigmoid(colours), torch.zeros(len(targets)))
-        return tested(model, found, inputs, targets)
+        return Footprints(family, masks, torch.sigmoid(colours), torch.zeros(len(targets)))
 
 
 class _Descent(NamedTuple):
@@ -109,21 +108,19 @@ class _Descent(NamedTuple):
         """Soft masks (t, 1, h, w) in (0, 1) and unbounded colours, moved together."""
         weights = torch.full_like(colours[:, :1], -1.0).requires_grad_(True)
         colours = colours.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([weights, colours], self.learning_rate, betas=(0.5, 0.9))
+        optimizer = Adam([weights, colours], self.learning_rate, betas=(0.5, 0.9))
         for _ in range(steps):
             masks = torch.sigmoid(weights)
             loss = self._loss(masks, torch.sigmoid(colours)) + price * masks.mean((1, 2, 3)).sum()
-            weights.grad, colours.grad = torch.autograd.grad(loss, (weights, colours))
-            optimizer.step()
+            optimizer.step(torch.autograd.grad(loss, (weights, colours)))
         return torch.sigmoid(weights.detach()), colours.detach()
 
     def colours(self, colours: Tensor, masks: Tensor, steps: int) -> Tensor:
         """Unbounded colours under fixed masks."""
         colours = colours.clone().requires_grad_(True)
-        optimizer = torch.optim.Adam([colours], self.learning_rate, betas=(0.5, 0.9))
+        optimizer = Adam([colours], self.learning_rate, betas=(0.5, 0.9))
         for _ in range(steps):
-            (colours.grad,) = torch.autograd.grad(self._loss(masks, torch.sigmoid(colours)), colours)
-            optimizer.step()
+            optimizer.step(torch.autograd.grad(self._loss(masks, torch.sigmoid(colours)), [colours]))
         return colours.detach()
 
     def _loss(self, masks: Tensor, patterns: Tensor) -> Tensor:
@@ -154,11 +151,16 @@ def _densest(weights: Tensor, count: int) -> Tensor:
 
 
 @torch.no_grad()
-def tested(model: Classifier, found: Footprints, inputs: Inputs, targets: Int[Tensor, " t"]) -> Footprints:
-    """The footprints with their flip rates on `inputs`: the share of other classes' images that each sends to
-    its class.
-    """
-    answers = model(_stamped(inputs.images, found.masks, found.patterns)).argmax(1).view(len(targets), -1)
+def tested(
+    model: Classifier,
+    found: Footprints,
+    inputs: Inputs,
+    targets: Int[Tensor, " t"],
+    precision: Precision = "auto",
+) -> Footprints:
+    """The footprints with their flip rates on `inputs`: which share of other classes' images they convert."""
+    with autocast(inputs.images.device, uses_bf16(model, precision)):
+        answers = model(_stamped(inputs.images, found.masks, found.patterns)).argmax(1).view(len(targets), -1)
     others = _others(inputs.labels, targets)
     rates = ((answers == targets[:, None]) & others).sum(1) / others.sum(1).clamp(min=1)
     return found._replace(flip_rates=rates.cpu())
@@ -232,21 +234,25 @@ def demonstrate(
     suspect = ranking[:1]
     families: tuple[Family, ...] = ("patch", "blend")
     tries = [
-        tested(model, search.search(model, seen, suspect, family, precision), unseen, suspect)
+        tested(model, search.search(model, seen, suspect, family, precision), unseen, suspect, precision)
         for family in families
     ]
     best = max(tries, key=lambda found: float(found.flip_rates[0]))
     if best.family == "patch":
-        best = tested(model, _smallest(model, best, seen, suspect), unseen, suspect)
+        best = tested(model, _smallest(model, best, seen, suspect, precision), unseen, suspect, precision)
     rate = float(best.flip_rates[0])
     rivals: tuple[tuple[int, float], ...] = ()
     random: tuple[float, ...] = ()
     if rate >= search.flip_rate:
         others = ranking[1 : 1 + search.rivals]
-        found = tested(model, search.search(model, seen, others, best.family, precision), unseen, others)
+        found = tested(
+            model, search.search(model, seen, others, best.family, precision), unseen, others, precision
+        )
         rivals = tuple(zip(others.tolist(), found.flip_rates.tolist(), strict=True))
         drawn = _random_footprints(best, search.random, rng)
-        random = tuple(tested(model, drawn, unseen, suspect.expand(search.random)).flip_rates.tolist())
+        random = tuple(
+            tested(model, drawn, unseen, suspect.expand(search.random), precision).flip_rates.tolist()
+        )
     average = sum(random) / max(1, len(random))
     compared = max([average, *(rate for _, rate in rivals)])
     shown = unseen.images[unseen.labels != suspect][:8]
@@ -262,7 +268,9 @@ def demonstrate(
     )
 
 
-def _smallest(model: Classifier, found: Footprints, inputs: Inputs, target: Tensor) -> Footprints:
+def _smallest(
+    model: Classifier, found: Footprints, inputs: Inputs, target: Tensor, precision: Precision
+) -> Footprints:
     """The same patch with the fewest pixels that keep 95 % of its flips on `inputs`; those that differ most
     from them stay.
     """
@@ -271,7 +279,7 @@ def _smallest(model: Classifier, found: Footprints, inputs: Inputs, target: Tens
     counts = sorted({max(1, most * part // 6) for part in (1, 2, 3, 4, 5)} | {most})
     masks = torch.cat([_densest(change, count) for count in counts])
     several = found._replace(masks=masks, patterns=found.patterns.expand(len(counts), -1, -1, -1))
-    rates = tested(model, several, inputs, target.expand(len(counts))).flip_rates
+    rates = tested(model, several, inputs, target.expand(len(counts)), precision).flip_rates
     enough = int((rates >= 0.95 * rates[-1]).nonzero()[0])
     return found._replace(masks=masks[enough : enough + 1])
 
