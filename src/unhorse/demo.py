@@ -61,7 +61,8 @@ def _measured_rate() -> str:
     if not ROWS.exists():
         return "measured rate: see benchmarks/README.md in the repository"
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    newest = {row["attack"]: row for row in rows if row["metric"] == "finding_rate"}
+    deep = [row for row in rows if row["options"].get("effort") == "deep" and row["seed"] == 0]
+    newest = {row["attack"]: row for row in deep if row["metric"] == "finding_rate"}
     parts = []
     for attack, row in sorted(newest.items()):
         low, high = row["ci95"]

@@ -18,7 +18,8 @@ Option = bool | int | float | str | None
 Identity = tuple[str | int, ...]
 
 ACCURACIES = {"accuracy", "clean_accuracy", "trojan_accuracy", "cross_accuracy", "noise_accuracy"}
-RATES = ACCURACIES | {"clean_drop", "recovery_drop", "fpr", "fnr", "tpr_at_fpr01"}
+FINDINGS = {"finding_rate", "infected_rate", "target_found"}
+RATES = ACCURACIES | FINDINGS | {"clean_drop", "recovery_drop", "fpr", "fnr", "tpr_at_fpr01"}
 NOT_OF_THE_KEY = {"value", "ci95", "commit", "dirty", "versions", "device", "seconds"}
 LEADING = ("dataset", "method", "options")
 CLOSING = ("attack", "metric")
