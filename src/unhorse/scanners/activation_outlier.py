@@ -173,7 +173,7 @@ class ActivationOutlier:
             note="A Trojan leaves a class much easier to reach than the others. The line is where the "
             "largest one would be flagged, the others being as they are.",
         )
-        yield from demonstration.exhibits(names)
+        yield from demonstration.exhibits()
         yield Table("Footprints compared", ("footprint", "flip rate"), demonstration.rows(names))
 
     def estimate(self, model: Classifier) -> float:

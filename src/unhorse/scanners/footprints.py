@@ -200,17 +200,15 @@ class Demonstration:
         last = [(f"{len(self.random)} random ones, best", f"{max(self.random):.0%}")] if self.random else []
         return (first, *others, *last)
 
-    def exhibits(self, names: Sequence[str]) -> Iterator[Exhibit]:
-        """The inputs before and after the stamp."""
-        before, after = self.examples
-        if not self.demonstrated or len(before) == 0:
+    def exhibits(self) -> Iterator[Exhibit]:
+        """Inputs before and after the stamp."""
+        n = len(self.examples[0])
+        if not self.demonstrated or n == 0:
             return
-        grid = torch.cat([before, after])
-        captions = ("before",) * len(before) + (f"class {names[self.target]}",) * len(after)
-        marked = tuple(range(len(before), len(grid)))
-        note = "Inputs that the search did not see, before and after the footprint was stamped on them."
+        note = f"Inputs that the search did not see; the stamp turns {self.trigger.flip_rate:.0%} of them."
+        captions, marked = ("before",) * n + ("stamped",) * n, tuple(range(n, 2 * n))
         yield ImageGrid(
-            "The demonstrated trigger at work", grid, captions, marked, columns=len(before), note=note
+            "The demonstrated trigger at work", torch.cat(self.examples), captions, marked, n, note
         )
 
 
