@@ -236,9 +236,10 @@ def test_a_population_is_built_a_scanner_fitted_and_used(tmp_path, capsys):
     assert 0 <= models[0]["score"] <= 1
 
 
-def test_a_scanner_that_is_not_there_fails(victims, tmp_path):
-    code, (model,) = scanned(victims / "benign", "--scanner", tmp_path / "none", tmp_path=tmp_path)
-    assert (code, model["verdict"]) == (2, "FAILED")
+@pytest.mark.parametrize("flags", [("--scanner", "none"), ("--reference", "none"), ("--channels", "1")])
+def test_flags_that_cannot_be_meant_are_usage_errors(flags, victims, capsys):
+    assert run(["scan", str(victims / "benign"), *flags]) == 4
+    assert "error: " in capsys.readouterr().err
 
 
 def test_rendering_writes_the_tables(tmp_path, capsys):

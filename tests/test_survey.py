@@ -22,7 +22,6 @@ from unhorse.survey import (
     clean_images,
     environment,
     find_models,
-    load,
     make_scanner,
     scan_models,
 )
@@ -134,9 +133,9 @@ def test_a_reference_without_models_is_an_error(tmp_path):
         build_reference(Request(reference=tmp_path))
 
 
-def test_channels_need_a_size(victims):
+def test_channels_need_a_size():
     with pytest.raises(ValueError, match="--channels goes with --size"):
-        load(victims / "benign", {"channels": 1})
+        Request(loading={"channels": 1})
 
 
 def images_below(folder: Path, mode: str) -> Path:

@@ -77,6 +77,11 @@ def _round(
     return undone
 
 
+def call(job: Callable[[], Any]) -> Any:
+    """`function` for items that are callables themselves."""
+    return job()
+
+
 def _attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
     try:
         return Outcome(item, function(item), None)

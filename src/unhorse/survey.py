@@ -42,6 +42,13 @@ class Request:
     seed: int = 0
     loading: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self.loading.get("channels") is not None and self.loading.get("image_size") is None:
+            raise ValueError("--channels goes with --size: give both")
+        for folder in (self.scanner, self.reference):
+            if folder is not None and not folder.is_dir():
+                raise ValueError(f"there is no folder {folder}")
+
 
 def find_models(paths: Sequence[Path]) -> list[Path]:
     """The models that `paths` name: a classifier folder or a file as it is, any other folder with all the
@@ -77,7 +84,7 @@ def scan_models(
         _say(f"reference: {len(reference.scores)} benign models of {request.reference}")
     todo = [_Scan(path, request, reference) for path in models]
     scanned: dict[Path, ScannedModel] = {}
-    outcomes = jobs.run(_call, todo, workers=workers)
+    outcomes = jobs.run(jobs.call, todo, workers=workers)
     watched = outcomes if len(todo) == 1 else jobs.track("scanning", outcomes, len(todo))
     for outcome in watched:
         path = outcome.item.path
@@ -102,7 +109,7 @@ def build_reference(request: Request, *, workers: int = 1) -> Reference:
         )
     todo = [_Score(path, request) for path in models]
     scores = []
-    for outcome in jobs.track("reference", jobs.run(_call, todo, workers=workers), len(todo)):
+    for outcome in jobs.track("reference", jobs.run(jobs.call, todo, workers=workers), len(todo)):
         if outcome.error is not None:
             raise ValueError(f"reference model {outcome.item.path} cannot be scored: {outcome.error}")
         scores.append(outcome.value)
@@ -176,8 +183,6 @@ def load(path: Path, options: Mapping[str, Any]) -> Classifier:
     size, channels = given.pop("image_size", None), given.pop("channels", None)
     if size is not None:
         given["image_shape"] = (channels or 3, *size)
-    elif channels is not None:
-        raise ValueError("--channels goes with --size: give both")
     return load_model(path, **given)
 
 
@@ -233,10 +238,6 @@ def environment(device: str) -> dict[str, object]:
         "device": f"{chosen.type} ({name})",
         "threads": torch.get_num_threads(),
     }
-
-
-def _call(job: Any) -> Any:
-    return job()
 
 
 def _file_hash(path: Path) -> str:

@@ -177,17 +177,13 @@ def _median_jobs(spec: ZooSpec, folder: Path) -> list[_MedianJob]:
 
 def _work(label: str, todo: list[Any], workers: int) -> None:
     failures = []
-    for outcome in jobs.track(label, jobs.run(_call, todo, workers=workers), len(todo)):
+    for outcome in jobs.track(label, jobs.run(jobs.call, todo, workers=workers), len(todo)):
         if outcome.error is not None:
             failures.append(outcome.error)
     if failures:
         raise RuntimeError(
             f"{len(failures)} of {len(todo)} jobs failed, call again to retry; first: {failures[0]!r}"
         )
-
-
-def _call(job: Any) -> None:
-    job()
 
 
 def _place(folder: Path, group: GroupSpec, index: int) -> Path:

@@ -136,7 +136,7 @@ def _trials(spec: BenchmarkSpec, population: Path) -> Iterator[Trial]:
 
 def _run_trials(trials: Sequence[Trial], folder: Path, workers: int) -> None:
     todo = [trial for trial in trials if not (folder / trial.name).exists()]
-    for outcome in jobs.track(folder.name, jobs.run(_call, todo, workers=workers), len(todo)):
+    for outcome in jobs.track(folder.name, jobs.run(jobs.call, todo, workers=workers), len(todo)):
         if outcome.error is not None:
             raise RuntimeError(f"{outcome.item.name} failed, call again to go on: {outcome.error!r}")
         folder.mkdir(parents=True, exist_ok=True)
@@ -280,7 +280,3 @@ def _provenance() -> dict[str, Any]:
         "versions": {"unhorse": metadata.version("unhorse"), "torch": torch.__version__},
         "device": f"cpu ({platform.machine()}, {os.cpu_count()} cores)",
     }
-
-
-def _call(job: Any) -> Any:
-    return job()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from unhorse import jobs
 from unhorse.core import Signature
@@ -35,13 +34,9 @@ def population_signatures(
     todo = [_Describe(member.folder, preset, Path(population) / "signatures") for member in register]
     found: dict[Path, Signature] = {}
     for outcome in jobs.track(
-        f"signatures {split} {preset}", jobs.run(_call, todo, workers=workers), len(todo)
+        f"signatures {split} {preset}", jobs.run(jobs.call, todo, workers=workers), len(todo)
     ):
         if outcome.error is not None:
             raise RuntimeError(f"no signature of {outcome.item.folder}: {outcome.error!r}")
         found[outcome.item.folder] = outcome.value
     return register, [found[member.folder] for member in register]
-
-
-def _call(job: Any) -> Any:
-    return job()
