@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn import functional
 
 from unhorse.core import Images
 
@@ -96,3 +97,58 @@ def blends(images: Images, opacity: float) -> Stamp:
 def noise_images(count: int, image_shape: tuple[int, int, int], rng: torch.Generator) -> Images:
     """`count` images of independent U[0, 1] pixels."""
     return torch.rand(count, *image_shape, generator=rng)
+
+
+@dataclass(frozen=True)
+class Warp:
+    """A warp too small to notice (WaNet, Nguyen and Tran, ICLR 2021): each pixel is read from a nearby place.
+
+    `field` (see `draw_field`) holds shifts to the right and down; a shift of 1 is `strength` / w of an image
+    that reaches from -1 to 1, or nearly `strength` / 2 pixels. `jitter` > 0 is the noise mode: every pixel of
+    every image moves a further U(-jitter, jitter) / w, up to half a pixel at 1. Places are scaled towards the
+    middle by `grid_rescale` <= 1, then kept inside the image.
+    """
+
+    field: Float[Tensor, "2 h w"]
+    strength: float = 0.5
+    jitter: float = 0.0
+    grid_rescale: float = 1.0
+
+    def __call__(self, images: Images, rng: torch.Generator) -> Images:
+        height, width = self.field.shape[1:]
+        if images.shape[2:] != (height, width):
+            raise ValueError(
+                f"the warp is for {height}x{width} images, not {images.shape[2]}x{images.shape[3]}: "
+                "resize the images or draw a field for this shape"
+            )
+        kind = torch.promote_types(images.dtype, torch.float32)  # bf16 cannot tell places this close apart
+        places = self.grid().to(images.device, kind)
+        if self.jitter:
+            moves = 2 * torch.rand(len(images), height, width, 2, generator=rng) - 1
+            moves = self.jitter * moves / torch.tensor([width, height])
+            places = (places + moves.to(places)).clamp(-1, 1)  # (n, h, w, 2)
+        else:
+            places = places.expand(len(images), -1, -1, -1)
+        warped = functional.grid_sample(images.to(kind), places, align_corners=True)
+        return warped.clamp(0, 1).to(images.dtype)
+
+    def grid(self) -> Float[Tensor, "h w 2"]:
+        """Where each pixel is read, as (x, y) in [-1, 1], before any jitter."""
+        height, width = self.field.shape[1:]
+        down, right = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
+        identity = torch.stack(torch.meshgrid(right, down, indexing="xy"), 2)
+        shifts = self.strength * self.field.cpu().permute(1, 2, 0) / torch.tensor([width, height])
+        return ((identity + shifts) * self.grid_rescale).clamp(-1, 1)
+
+
+def draw_field(
+    image_shape: tuple[int, int, int], rng: torch.Generator, cells: int = 4
+) -> Float[Tensor, "2 h w"]:
+    """A smooth random field for `Warp`: `cells` x `cells` U(-1, 1) shifts, divided by their mean size, then
+    enlarged to the image by bicubic interpolation, corner to corner.
+    """
+    if cells < 2:
+        raise ValueError(f"a warp field needs at least 2x2 cells, got {cells}")
+    control = 2 * torch.rand(1, 2, cells, cells, generator=rng) - 1
+    control = control / control.abs().mean()
+    return functional.interpolate(control, image_shape[1:], mode="bicubic", align_corners=True)[0]
