@@ -24,7 +24,7 @@ from unhorse.image_files import Size, image_classes, pixels_of, read_images, rea
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 HUB_NAME = r"\w[\w.-]*/[\w.-]*\w"
-CACHE_FORMAT = 1
+CACHE_FORMAT = 2
 
 
 def load_dataset(
@@ -33,8 +33,10 @@ def load_dataset(
     """One split of a data set: "digits", a folder, or a hub name such as "ylecun/mnist" ("hub:" may lead it).
 
     A folder holds parquet files (train*.parquet, there or one level below), or a folder of images per class,
-    below a folder per split if there are several; loose images have no labels. `size` (h, w) resizes. Decoded
-    images are kept in `cache`, by default $UNHORSE_CACHE or ~/.cache/unhorse/datasets.
+    below a folder per split if there are several; loose images have no labels. Parquet with CelebA's
+    attributes and no label column gets the 8 classes of `celeba_labels`. `size` (h, w) resizes the whole
+    image (WaNet's CelebA is 64x64). Decoded images are kept in `cache`, by default $UNHORSE_CACHE or
+    ~/.cache/unhorse/datasets.
     Raises ValueError naming the path and the remedy, ImportError naming the extra to install.
     """
     if split not in SPLITS:

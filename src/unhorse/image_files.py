@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,15 +18,25 @@ from torch import Tensor
 
 from unhorse.core import Dataset, Labels
 
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
+
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "fine_label", "labels", "target")
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"}
+CELEBA_ATTRIBUTES = ("heavy_makeup", "mouth_slightly_open", "smiling")
+CELEBA_CLASSES = tuple(
+    ", ".join(words)
+    for words in product(("no makeup", "makeup"), ("closed mouth", "open mouth"), ("not smiling", "smiling"))
+)
 
 Size = tuple[int, int] | None
 
 
 def read_parquet(files: Sequence[Path], name: str, size: Size) -> Dataset:
-    """The images of parquet files in the Hugging Face layout, with labels where there is such a column."""
+    """The images of parquet files in the Hugging Face layout, with labels where there is such a column, or
+    where there are the three attributes that make CelebA's 8 classes (`celeba_labels`).
+    """
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -41,12 +52,13 @@ def read_parquet(files: Sequence[Path], name: str, size: Size) -> Dataset:
     if image_column is None:
         raise ValueError(f"{files[0]} has columns {schema.names}: name that of images 'image' or 'img'")
 
+    celeba = celeba_labels(readers, files[0]) if label_column is None else None  # quick, so before decoding
     batches = chain.from_iterable(reader.iter_batches(columns=[image_column]) for reader in readers)
     cells = chain.from_iterable(batch.column(0).to_pylist() for batch in batches)
     encoded = (io.BytesIO(cell["bytes"] if isinstance(cell, dict) else cell) for cell in cells)
     images = _decode(encoded, str(files[0]), size)
     if label_column is None:
-        return Dataset(images, None, (), name)
+        return Dataset(images, celeba, () if celeba is None else CELEBA_CLASSES, name)
     columns = [reader.read([label_column]).column(0).to_numpy() for reader in readers]
     labels = _labels(np.concatenate(columns), f"{label_column!r} of {files[0]}")
     if labels is None:
@@ -62,6 +74,34 @@ def _labels(values: np.ndarray, where: str) -> Labels | None:
     if not np.issubdtype(values.dtype, np.integer) or values.min() < 0:
         raise ValueError(f"{where} ({values.dtype}, lowest {values.min()}): give class indices 0..k-1")
     return torch.from_numpy(values.astype(np.int64))
+
+
+def celeba_labels(readers: Sequence[ParquetFile], file: Path) -> Labels | None:
+    """CelebA's 8 classes, 4 * Heavy_Makeup + 2 * Mouth_Slightly_Open + Smiling; None without these columns.
+
+    WaNet's rule (Nguyen and Tran, ICLR 2021), but the code published with it counts Smiling 2 and
+    Mouth_Slightly_Open 1, so its classes 1 and 2, and 5 and 6, change places here. Columns may be spelled
+    with spaces and in any case, and hold true and false, 1 and 0, or 1 and -1.
+    """
+    spelled = {name.strip().lower().replace(" ", "_"): name for name in readers[0].schema_arrow.names}
+    if not spelled.keys() >= set(CELEBA_ATTRIBUTES):
+        return None
+    makeup, open_mouth, smiling = (
+        torch.from_numpy(_attribute(readers, spelled[name], file)).long() for name in CELEBA_ATTRIBUTES
+    )
+    return 4 * makeup + 2 * open_mouth + smiling
+
+
+def _attribute(readers: Sequence[ParquetFile], column: str, file: Path) -> np.ndarray:
+    """Whether each image has the attribute: true or 1, against false, 0 or -1."""
+    values = np.concatenate([reader.read([column]).column(0).to_numpy() for reader in readers])
+    given = set(values.tolist())
+    if not (given <= {0, 1} or given <= {-1, 1}):  # True == 1
+        strange = ", ".join(sorted({repr(value) for value in given if value != 1})[:5])
+        raise ValueError(
+            f"attribute {column!r} of {file} holds {strange}: give true and false, 1 and 0, or 1 and -1"
+        )
+    return values == 1
 
 
 def _class_names(metadata: dict[bytes, bytes], label_column: str) -> tuple[str, ...]:
@@ -117,7 +157,7 @@ def _decode(files: Iterable[Path | io.BytesIO], where: str, size: Size) -> Tenso
 
 
 def pixels_of(image: Image.Image, size: Size) -> np.ndarray:
-    """uint8 (h, w, 1) or (h, w, 3)."""
+    """uint8 (h, w, 1) or (h, w, 3); `size` takes the whole image, whatever its proportions."""
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"pixels of mode {image.mode} have no known range; save it with 8 bits")
     image = image.convert("L" if image.mode in {"1", "L", "LA"} else "RGB")
