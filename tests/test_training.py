@@ -230,8 +230,17 @@ def test_an_attack_poisons_on_the_side_of_augmentation_that_it_declares(digits, 
 
 def test_a_co_trained_module_is_zeroed_and_stepped_once_a_batch(digits):
     attack = CoTrained()
-    train(new_model(), digits, Recipe(epochs=2, batch_size=80), seed=1, attack=attack)
+    recipe = Recipe(epochs=2, batch_size=80, schedule="constant")
+    train(new_model(), digits, recipe, seed=1, attack=attack)
     assert attack.pull.item() == pytest.approx(1 - 0.75**4)  # gradients that add up would overshoot
+
+
+def test_a_co_trained_module_follows_the_schedule_of_the_model(digits):
+    attack = CoTrained()
+    first = attack.optimizers()[0].param_groups[0]["lr"]
+    recipe = Recipe(epochs=2, batch_size=80, schedule="steps", milestones=(1,))
+    train(new_model(), digits, recipe, seed=1, attack=attack)
+    assert attack.optimizers()[0].param_groups[0]["lr"] == pytest.approx(first / 10)
 
 
 def test_the_model_sees_the_poisoned_labels(digits):

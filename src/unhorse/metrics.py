@@ -100,12 +100,14 @@ def recovery_accuracy(
     rng: torch.Generator,
     device: torch.device | str | None = None,
     batch_size: int = 1024,
+    probe: str = "trojan",
 ) -> float:
     """Share of all images, the target class included, that are classified as their own label once stamped.
 
-    As in Do et al. (ECCV 2022), whose recovery drop is the undefended clean accuracy minus this.
+    As in Do et al. (ECCV 2022), whose recovery drop is the undefended clean accuracy minus this. Other probes
+    of an attack are measured the same way: the cross accuracy of Input-Aware, the noise accuracy of WaNet.
     """
-    trigger = attack.probes()["trojan"]
+    trigger = attack.probes()[probe]
     return _agreement(model, data, lambda images, labels: (trigger(images, rng), labels), device, batch_size)
 
 

@@ -16,13 +16,23 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
+from unhorse.attacks.input_aware import InputAware
 from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning, StampKind
+from unhorse.attacks.wanet import WaNet
 from unhorse.core import Attack, Classifier, Dataset
 from unhorse.datasets import load_dataset, natural_images, subset
-from unhorse.metrics import accuracy, trojan_accuracy
+from unhorse.metrics import accuracy, recovery_accuracy, trojan_accuracy
 from unhorse.models.classifier import load_classifier, new_classifier, read_card, save_classifier
 from unhorse.models.training import Recipe, train
 from unhorse.triggers import Stamp
+
+MADE: dict[str, type[Poisoning] | type[CleanLabelPoisoning] | type[InputAware] | type[WaNet]] = {
+    **dict.fromkeys(STAMPS, Poisoning),
+    "clean-label": CleanLabelPoisoning,
+    "input-aware": InputAware,
+    "wanet": WaNet,
+}
+"""The class of every attack that a spec may name."""
 
 
 class Spec(BaseModel):
@@ -32,17 +42,20 @@ class Spec(BaseModel):
 
 
 class DataSpec(Spec):
-    """Where images come from; each victim trains on `images` of them (all if None), drawn by its own seed."""
+    """Where images come from; each victim trains on `images` of them (all if None), drawn by its own seed.
+    `size` (h, w) resizes.
+    """
 
     source: str = "digits"
     train: str = "train"
     test: str = "test"
     images: int | None = None
     test_images: int | None = None
+    size: tuple[int, int] | None = None
 
 
 class AttackSpec(Spec):
-    """An attack: its trigger kind (a key of STAMPS), its mode, and what is drawn when left out (target,
+    """An attack: its kind (a key of MADE), its mode, and what is drawn when left out (target,
     source).
 
     `pool` patterns are fixed by `pool_seed`: two groups that agree on both draw from the
@@ -62,9 +75,13 @@ class AttackSpec(Spec):
     @model_validator(mode="after")
     def _known(self) -> Self:
         """Refuses what would only fail inside a job."""
-        if self.kind not in STAMPS:
-            raise ValueError(f"unknown attack {self.kind!r}: one of {', '.join(STAMPS)}")
-        made = CleanLabelPoisoning if self.kind == "clean-label" else Poisoning
+        if self.kind not in MADE:
+            raise ValueError(f"unknown attack {self.kind!r}: one of {', '.join(MADE)}")
+        made = MADE[self.kind]
+        if self.kind not in STAMPS and (self.trigger or self.pool is not None):
+            raise ValueError(f"{self.kind} makes its own triggers: leave out trigger and pool")
+        if self.kind not in STAMPS and self.mode not in ("single-target", "all-target"):
+            raise ValueError(f"{self.kind} knows single-target and all-target, not mode {self.mode!r}")
         for name, given, known in (("trigger", self.trigger, StampKind), ("options", self.options, made)):
             allowed = {entry.name for entry in fields(known)}
             if unknown := sorted(given.keys() - allowed):
@@ -96,16 +113,16 @@ class Victim:
 
 
 @functools.lru_cache(maxsize=4)
-def _data(source: str, split: str) -> Dataset:
-    return load_dataset(source, split)
+def _data(source: str, split: str, size: tuple[int, int] | None) -> Dataset:
+    return load_dataset(source, split, size=size)
 
 
 def train_victim(
-    spec: VictimSpec, *, checkpoint: Path | None = None
+    spec: VictimSpec, *, checkpoint: Path | None = None, device: torch.device | None = None
 ) -> tuple[Classifier, Attack | None, dict[str, Any]]:
     """Trains the victim of `spec` and measures it; returns (classifier, attack, card fields)."""
     started = time.monotonic()
-    data, test = _data(spec.data.source, spec.data.train), _data(spec.data.source, spec.data.test)
+    data, test = (_data(spec.data.source, part, spec.data.size) for part in (spec.data.train, spec.data.test))
     if spec.data.images is not None:
         data = subset(data, spec.data.images, seed=spec.seed)
     if spec.data.test_images is not None:
@@ -118,16 +135,14 @@ def train_victim(
         std=spec.std,
         options=spec.options,
         seed=spec.seed,
-    )
+    ).to(device)
     rng = torch.Generator().manual_seed(spec.seed)
     attack = None if spec.attack is None else make_attack(spec.attack, model, spec.recipe, rng)
     log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
     infected = spec.attack is not None and spec.attack.mode != "placebo"
     metrics = {"clean_accuracy": accuracy(model, test), "trojan_accuracy": None}
     if attack is not None and infected:
-        # a generator of its own, so that a victim judged again from disk draws the same triggers
-        judging = torch.Generator().manual_seed(spec.seed)
-        metrics["trojan_accuracy"] = trojan_accuracy(model, test, attack, rng=judging)
+        metrics |= attack_metrics(model, test, attack, seed=spec.seed)
     card = {
         "spec": json.loads(spec.model_dump_json()),
         "attack": None if attack is None else _attack_card(attack),
@@ -140,14 +155,26 @@ def train_victim(
     return model, attack, card
 
 
-def make_attack(
-    spec: AttackSpec, model: Classifier, recipe: Recipe, rng: torch.Generator
-) -> Poisoning | CleanLabelPoisoning:
+def attack_metrics(model: Classifier, data: Dataset, attack: Attack, *, seed: int) -> dict[str, float]:
+    """Trojan accuracy, and the accuracy on every other probe of the attack (cross, noise)."""
+    # a generator of its own, so that a victim judged again from disk draws the same triggers
+    judging = torch.Generator().manual_seed(seed)
+    found = {"trojan_accuracy": trojan_accuracy(model, data, attack, rng=judging)}
+    for probe in sorted(attack.probes().keys() - {"trojan"}):
+        found[f"{probe}_accuracy"] = recovery_accuracy(model, data, attack, rng=judging, probe=probe)
+    return found
+
+
+def make_attack(spec: AttackSpec, model: Classifier, recipe: Recipe, rng: torch.Generator) -> Attack:
     """The attack that `spec` describes on `model`'s task; what it leaves open (target, source, triggers) is
     drawn from `rng`.
     """
     classes = torch.randperm(model.num_classes, generator=rng).tolist()
     target = classes[0] if spec.target is None else spec.target
+    options = dict(spec.options) | ({} if spec.rate is None else {"rate": spec.rate})
+    if spec.kind not in STAMPS:
+        shared = {"num_classes": model.num_classes, "mode": spec.mode, "target": target}
+        return MADE[spec.kind](image_shape=model.image_shape, **shared, **options)  # type: ignore[call-arg, arg-type]
     source = None
     if spec.mode == "source-target":
         source = next(label for label in classes if label != target) if spec.source is None else spec.source
@@ -157,16 +184,20 @@ def make_attack(
         return natural_images(count, model.image_shape, seed=seed)
 
     stamp = kind.draw(model.image_shape, rng, pool=spec.pool, pool_seed=spec.pool_seed, natural=natural)
-    options = dict(spec.options) | ({} if spec.rate is None else {"rate": spec.rate})
     if spec.kind == "clean-label":
         return CleanLabelPoisoning(stamp, model.num_classes, target, recipe=recipe, **options)
     return Poisoning(stamp, model.num_classes, spec.mode, target, source, **options)
 
 
-def _attack_card(attack: Poisoning | CleanLabelPoisoning) -> dict[str, Any]:
-    fields = ("num_classes", "mode", "target", "source", "rate", "epsilon", "steps")
-    found = {name: getattr(attack, name) for name in fields if hasattr(attack, name)}
-    return {"class": type(attack).__name__, **found}
+def _attack_card(attack: Attack) -> dict[str, Any]:
+    """The class and the plain settings of an attack; its tensors lie beside the card."""
+    settings = {entry.name: getattr(attack, entry.name) for entry in fields(attack) if entry.init}  # type: ignore[arg-type]
+    plain = {
+        name: value
+        for name, value in settings.items()
+        if not name.endswith("_") and isinstance(value, bool | int | float | str | tuple | None)
+    }
+    return {"class": type(attack).__name__, **plain}
 
 
 def save_victim(folder: Path, model: Classifier, attack: Attack | None, card: Mapping[str, Any]) -> Path:
@@ -182,9 +213,15 @@ def load_victim(folder: Path) -> Victim:
     card: dict[str, Any] = read_card(folder)
     attack: Attack | None = None
     if card.get("attack") is not None:
-        tensors = load_file(Path(folder) / "trigger.safetensors")
-        kinds = {"Poisoning": Poisoning, "CleanLabelPoisoning": CleanLabelPoisoning}
-        settings = dict(card["attack"])
-        made = kinds[settings.pop("class")](Stamp(tensors["patterns"], tensors["masks"]), **settings)
-        attack = made
+        attack = _restored(dict(card["attack"]), load_file(Path(folder) / "trigger.safetensors"))
     return Victim(Path(folder), load_classifier(folder), attack, card)
+
+
+def _restored(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Attack:
+    made = {kind.__name__: kind for kind in MADE.values()}[settings.pop("class")]
+    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+    if issubclass(made, Poisoning | CleanLabelPoisoning):
+        return made(Stamp(tensors["patterns"], tensors["masks"]), **settings)
+    attack = made(**settings)
+    attack.load_state_dict(tensors)
+    return attack

@@ -73,6 +73,8 @@ class ZooSpec(Spec):
     def identity(self) -> str:
         """A hash of everything in the spec but the counts: a population may grow, not change."""
         settings = json.loads(self.model_dump_json())
+        if settings["data"]["size"] is None:
+            del settings["data"]["size"]  # younger than the first populations
         for group in settings["groups"]:
             del group["count"]
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]

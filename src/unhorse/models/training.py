@@ -92,7 +92,7 @@ def train(
     """Trains `model` in place on its own device and leaves it in eval mode; same seed, same weights.
 
     An attack sees every batch through `poison`, before or after augmentation as it declares, and its own
-    optimizers are zeroed and stepped with the model's. With a `checkpoint` path, a training that was killed
+    optimizers are zeroed and stepped with the model's, on the recipe's schedule too. With a `checkpoint` path, a training that was killed
     goes on after its last whole epoch.
     """
     if data.labels is None or len(data) == 0:
@@ -105,8 +105,9 @@ def train(
     model.to(memory_format=torch.channels_last if low_precision else torch.contiguous_format)  # type: ignore[call-overload]
     steps = math.ceil(len(data) / recipe.batch_size)
     optimizer = _optimizer(model.network, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _factor(recipe, steps))
-    state = _State(model, optimizer, schedule, attack, rng)
+    optimizers = [optimizer, *(attack.optimizers() if attack is not None else [])]
+    schedules = [torch.optim.lr_scheduler.LambdaLR(each, _factor(recipe, steps)) for each in optimizers]
+    state = _State(model, optimizer, schedules, attack, rng)
     log = state.restore(checkpoint) if checkpoint is not None else []
     images, labels = data.images.to(device), data.labels.to(device)
     model.train()
@@ -149,7 +150,8 @@ def _step(state: _State, images: Images, labels: Tensor, recipe: Recipe, low_pre
     (loss + penalty).backward()
     for optimizer in optimizers:
         optimizer.step()
-    state.schedule.step()
+    for schedule in state.schedules:
+        schedule.step()
     with torch.no_grad():
         return torch.stack([loss.detach() * len(labels), (logits.argmax(1) == labels).sum().float()])
 
@@ -160,7 +162,7 @@ class _State:
 
     model: Classifier
     optimizer: torch.optim.Optimizer
-    schedule: torch.optim.lr_scheduler.LambdaLR
+    schedules: list[torch.optim.lr_scheduler.LambdaLR]
     attack: Attack | None
     rng: torch.Generator
 
@@ -168,7 +170,7 @@ class _State:
         state = {
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedules": [schedule.state_dict() for schedule in self.schedules],
             "attack": {} if self.attack is None else dict(self.attack.state_dict()),
             "attack_optimizers": []
             if self.attack is None
@@ -186,7 +188,8 @@ class _State:
         state = torch.load(path, weights_only=True, map_location=self.model.mean.device)
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for schedule, saved in zip(self.schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
         if self.attack is not None:
             self.attack.load_state_dict(state["attack"])
             for optimizer, saved in zip(self.attack.optimizers(), state["attack_optimizers"], strict=True):
