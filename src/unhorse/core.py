@@ -335,3 +335,22 @@ class Attack(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+# --- does this input carry a trigger? ------------------------------------------------------------------------
+
+
+class InputFilter(Protocol):
+    """x -> x°, the purified image: the trigger gone, the rest as it was. Never sees a Trojan image in `fit`."""
+
+    def fit(self, model: Classifier, clean: Dataset) -> Self: ...
+
+    def __call__(self, images: Images) -> Images: ...
+
+
+class InputMonitor(Protocol):
+    """Scores images; an image's score does not depend on its batch mates."""
+
+    def fit(self, model: Classifier, clean: Dataset, finding: ScanResult | None = None) -> Self: ...
+
+    def score(self, images: Images) -> Scores: ...
