@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from unhorse.benchmark.run import BenchmarkSpec, Trial, run_spec
+from unhorse.benchmark.run import run_spec
+from unhorse.benchmark.scanning import ScanningSpec, Trial
 from unhorse.benchmark.tables import render_to
 from unhorse.metrics import auroc
 from unhorse.zoo import members
@@ -183,4 +184,4 @@ def test_tables_are_rendered_from_the_rows(place):
 
 def test_a_spec_with_a_mistake_is_refused():
     with pytest.raises(ValueError, match="populaton"):
-        BenchmarkSpec.model_validate({"table": "t", "dataset": "d", "populaton": "p", "methods": []})
+        ScanningSpec.model_validate({"table": "t", "dataset": "d", "populaton": "p", "methods": []})

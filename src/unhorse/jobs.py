@@ -128,11 +128,7 @@ def progress(label: str, total: int, *, interval: float = 20.0) -> Iterator[Call
             spoken = now
             rate = done / max(now - started, 1e-9)
             left = (total - done) / rate
-            print(
-                f"{label}: {done}/{total}, {60 * rate:.1f} a minute, ETA {_clock(left)}",
-                file=sys.stderr,
-                flush=True,
-            )
+            say(f"{label}: {done}/{total}, {60 * rate:.1f} a minute, ETA {_clock(left)}")
 
     yield step
 
@@ -143,6 +139,11 @@ def track(label: str, items: Iterable[Any], total: int) -> Iterator[Any]:
         for item in items:
             yield item
             step()
+
+
+def say(text: str) -> None:
+    """A line for the person who waits, on stderr: what a program reads is on stdout."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
