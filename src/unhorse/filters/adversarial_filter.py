@@ -24,6 +24,7 @@ from unhorse.filters.fitting import (
     play,
     purify,
     seeded,
+    settled,
     trains_in_bf16,
     usable,
 )
@@ -39,12 +40,13 @@ LARGE_IMAGE = 64
 class AdversarialFilter:
     """AIF (Do et al., ECCV 2022, arXiv 2202.12154, Eq. 2 and 6 to 10): purify what a generator stamps.
 
-    The generator draws a mask m and a pattern for a class k; x~ is the image x of class y under them. It minimises
+    A generator draws mask m and pattern for a class k; x~ is the image x of class y under them. It minimises
     -log p(k | x~) + hinge_weight * max(||m|| - mask_norm, 0) - attack_weight * log p(k | F(x~)), the filter F
-    label_weight * -log p(y | F(x)) + reconstruction_weight * ||F(x) - x||
+    -label_weight * log p(y | F(x)) + reconstruction_weight * ||F(x) - x||
     - robust_label_weight * log p(y | F(x~)) + robust_reconstruction_weight * ||F(x~) - x||,
-    in turn, batch by batch. `mask_norm` is Euclidean, by default 0.2 sqrt(h w); with `normalise_mask` no mask
-    is larger. `robust_reconstruction_weight` is that of the clean images unless given.
+    in turn, batch by batch. Norms are Euclidean. With `normalise_mask` no mask's norm is above `mask_norm`,
+    0.2 sqrt(h w) unless given. `robust_reconstruction_weight` is `reconstruction_weight` unless given;
+    `stamped_share` of each batch is stamped, all of it in the paper. The terms of y are left out for the first `warm_up` of the fit and come in over as long again.
     """
 
     network: str = "auto"
@@ -58,6 +60,7 @@ class AdversarialFilter:
     mask_norm: float | None = None
     mask_channels: int = 1
     generator_width: int = 16
+    stamped_share: float = 1.0
     epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 1e-3
@@ -92,7 +95,7 @@ class AdversarialFilter:
         with frozen(model):
             game = _Game(self, network, generator, model)
             self.log_ = play(game, clean, self, checkpoint=checkpoint, on_epoch=on_epoch)
-        self.network_ = network.eval().requires_grad_(False)
+        self.network_ = settled(network)
         self.generator_ = generator.eval().requires_grad_(False)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -110,6 +113,8 @@ class TriggerGenerator(nn.Module):
         super().__init__()
         channels, self.height, self.width = image_shape
         self.mask_channels, self.classes = settings.mask_channels, classes
+        if not 0 < settings.stamped_share <= 1:
+            raise ValueError(f"stamped_share is {settings.stamped_share}: give a share above 0, at most 1")
         if self.mask_channels not in (1, channels):
             raise ValueError(f"mask_channels is {self.mask_channels}: give 1 or the images' {channels}")
         default = 0.2 * math.sqrt(self.height * self.width)
@@ -162,13 +167,8 @@ class _Game:
         self.settings, self.network, self.generator, self.model = settings, network, generator, model
         self.device = model.mean.device
         self.low_precision = trains_in_bf16(network, model, settings.precision)
-        import os
-
-        self.fmt = (
-            torch.channels_last if self.low_precision or os.environ.get("CL") else torch.contiguous_format
-        )
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        generator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for player in (network, generator):
+            player.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: dict[str, nn.Module] = {"network": network, "generator": generator}
         self.optimizers = [
             new_optimizer(network, settings),
@@ -176,11 +176,9 @@ class _Game:
         ]
 
     def step(self, images: Images, labels: Labels, rng: torch.Generator) -> Terms:
-        stamped, terms = self._step_generator(images, rng)
+        # batches are shuffled: the first images are random ones
+        stamped, terms = self._step_generator(images[: self._stamped(len(images))], rng)
         return terms | self._step_filter(images, stamped, labels)
-
-    def _logits(self, images: Images) -> Tensor:
-        return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def objective(self, images: Images, labels: Labels) -> Tensor:
         with autocast(self.device, self.low_precision):
@@ -200,46 +198,50 @@ class _Game:
         with frozen(self.network), autocast(self.device, self.low_precision):
             masks, patterns = self.generator(noise, targets)
             stamped = images + masks * (patterns - images)
-            shown = torch.cat([stamped, self.network(stamped)]) if settings.attack_weight else stamped
-            losses = functional.cross_entropy(
-                self._logits(shown), targets.repeat(len(shown) // count), reduction="none"
-            )
-        weights = torch.ones_like(losses)
-        weights[count:] = settings.attack_weight
-        loss = (weights * losses).sum() / count
+            logits = self._logits(torch.cat([stamped, self.network(stamped)]))
+        losses = functional.cross_entropy(logits, targets.repeat(2), reduction="none").split(count)
+        terms = {
+            "attack": losses[0].mean(),
+            "filtered_attack": losses[1].mean(),
+            "mask_norm": norms(masks).mean(),
+        }
+        loss = terms["attack"] + settings.attack_weight * terms["filtered_attack"]
         if not settings.normalise_mask:
             loss = loss + settings.hinge_weight * (norms(masks) - self.generator.mask_norm).relu().mean()
         self._update(1, loss)
-        terms = {"generator": loss, "attack": losses[:count].mean(), "mask_norm": norms(masks).mean()}
         return stamped.detach(), {name: value.detach() for name, value in terms.items()}
 
     def _step_filter(self, images: Images, stamped: Images, labels: Labels) -> Terms:
-        settings, count = self.settings, len(images)
+        settings, counts = self.settings, [len(images), len(stamped)]
         with autocast(self.device, self.low_precision):
             filtered = self.network(torch.cat([images, stamped]))
             logits = self._logits(filtered)
-        label, robust_label = functional.cross_entropy(logits, labels.repeat(2), reduction="none").split(
-            count
-        )
-        reconstruction, robust_reconstruction = distance(filtered, images.repeat(2, 1, 1, 1)).split(count)
+        labels = torch.cat([labels, labels[: len(stamped)]])
+        label_losses = functional.cross_entropy(logits, labels, reduction="none").split(counts)
+        distances = distance(filtered, torch.cat([images, images[: len(stamped)]])).split(counts)
         terms = {
-            "label": label.mean(),
-            "reconstruction": reconstruction.mean(),
-            "robust_label": robust_label.mean(),
-            "robust_reconstruction": robust_reconstruction.mean(),
+            "label": label_losses[0].mean(),
+            "robust_label": label_losses[1].mean(),
+            "reconstruction": distances[0].mean(),
+            "robust_reconstruction": distances[1].mean(),
         }
-        robust_weight = settings.robust_reconstruction_weight
+        given = settings.robust_reconstruction_weight
         weights = {
             "label": self.label_share * settings.label_weight,
-            "reconstruction": settings.reconstruction_weight,
             "robust_label": self.label_share * settings.robust_label_weight,
-            "robust_reconstruction": settings.reconstruction_weight
-            if robust_weight is None
-            else robust_weight,
+            "reconstruction": settings.reconstruction_weight,
+            "robust_reconstruction": settings.reconstruction_weight if given is None else given,
         }
         loss = torch.stack([weights[name] * value for name, value in terms.items()]).sum()
         self._update(0, loss)
-        return {name: value.detach() for name, value in terms.items()} | {"loss": loss.detach()}
+        return {name: value.detach() for name, value in (terms | {"loss": loss}).items()}
+
+    def _stamped(self, count: int) -> int:
+        """How many of so many images are stamped: two at least, for the generator's batch normalisation."""
+        return max(2, round(self.settings.stamped_share * count))
+
+    def _logits(self, images: Images) -> Tensor:
+        return self.model(images.contiguous(memory_format=torch.channels_last))
 
     def _update(self, player: int, loss: Tensor) -> None:
         self.optimizers[player].zero_grad(set_to_none=True)

@@ -73,7 +73,7 @@ class Game(Protocol):
 
 
 def usable(model: Classifier, clean: Dataset, settings: Settings) -> Dataset:
-    """`clean`, labelled by the model itself where it has no labels; ValueError for what cannot be fitted on."""
+    """`clean`, labelled by the model where it has no labels; ValueError for what cannot be fitted on."""
     if clean.images.dtype != torch.uint8:
         raise ValueError(f"the clean images are {clean.images.dtype}: give uint8 pixels from 0 to 255")
     if clean.image_shape != tuple(model.image_shape):
@@ -85,6 +85,8 @@ def usable(model: Classifier, clean: Dataset, settings: Settings) -> Dataset:
         raise ValueError(f"{len(clean)} clean images: give at least {MINIMUM_IMAGES}, better some hundreds")
     if settings.epochs < 1 or settings.batch_size < 2 or not 0 <= settings.held_out < 1:
         raise ValueError("give at least 1 epoch, a batch_size of 2 or more and a held_out below 1")
+    if not 0 <= settings.warm_up <= 0.5:
+        raise ValueError(f"warm_up is {settings.warm_up}: give a share of the fit from 0 to 0.5")
     if settings.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision is {settings.precision!r}: take auto, fp32 or bf16")
     if clean.labels is None:
@@ -150,6 +152,12 @@ def trains_in_bf16(network: nn.Module, model: Classifier, precision: Precision) 
     return precision == "bf16"
 
 
+def settled(network: FilterNetwork) -> FilterNetwork:
+    """The fitted network as it is kept: eval mode, no gradients for its weights, laid out as when loaded."""
+    network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return network.eval().requires_grad_(False)
+
+
 def purify(network: FilterNetwork, images: Images) -> Images:
     """The filtered images, in eval mode and full precision, on the device of `images`."""
     network.to(images.device).eval()
@@ -177,9 +185,12 @@ def play(
     fitting, aside = clean[order[held:]], clean[order[:held]]
     images, labels = fitting.images.to(device), clean.labels[order[held:]].to(device)
     augmentation = Augmentation(settings.crop, settings.rotation, settings.flip)
-    batches = max(1, math.ceil(len(fitting) / settings.batch_size))
-    log = _restore(game, settings, checkpoint)
-    while len(log) < settings.epochs and not stalled(log, settings.patience):
+    # of even sizes, and of two images at least: batch normalisation cannot train on one
+    batches = max(1, min(math.ceil(len(fitting) / settings.batch_size), len(fitting) // 2))
+    written_for = f"{settings} on {len(clean)} images"
+    log = _restore(game, written_for, checkpoint)
+    warm = math.ceil(2 * settings.warm_up * settings.epochs)
+    while len(log) < settings.epochs and not stalled(log[warm:], settings.patience):
         epoch = len(log)
         # by epoch: a resumed fit draws what an undisturbed one draws
         rng = torch.Generator().manual_seed(settings.seed * 1009 + epoch)
@@ -199,7 +210,7 @@ def play(
         if on_epoch is not None:
             on_epoch(log[-1])
         if checkpoint is not None:
-            _store(game, settings, checkpoint, log)
+            _store(game, written_for, checkpoint, log)
     return log
 
 
@@ -236,9 +247,9 @@ def _set_learning_rate(optimizers: list[torch.optim.Optimizer], settings: Settin
             group["lr"] = rate
 
 
-def _store(game: Game, settings: Settings, path: Path, log: list[FilterEpoch]) -> None:
+def _store(game: Game, written_for: str, path: Path, log: list[FilterEpoch]) -> None:
     state = {
-        "settings": repr(settings),
+        "written_for": written_for,
         "networks": {name: network.state_dict() for name, network in game.networks.items()},
         "optimizers": [optimizer.state_dict() for optimizer in game.optimizers],
         "log": [tuple(entry) for entry in log],
@@ -249,12 +260,12 @@ def _store(game: Game, settings: Settings, path: Path, log: list[FilterEpoch]) -
     temporary.replace(path)
 
 
-def _restore(game: Game, settings: Settings, path: Path | None) -> list[FilterEpoch]:
+def _restore(game: Game, written_for: str, path: Path | None) -> list[FilterEpoch]:
     if path is None or not path.exists():
         return []
     state = torch.load(path, weights_only=True, map_location=game.device)
-    if state["settings"] != repr(settings):
-        raise ValueError(f"{path} was written by {state['settings']}: delete it, or fit with those options")
+    if state["written_for"] != written_for:
+        raise ValueError(f"{path} was written for {state['written_for']}: delete it, or fit as before")
     for name, network in game.networks.items():
         network.load_state_dict(state["networks"][name])
     for optimizer, saved in zip(game.optimizers, state["optimizers"], strict=True):

@@ -22,6 +22,7 @@ from unhorse.filters.fitting import (
     new_optimizer,
     play,
     purify,
+    settled,
     trains_in_bf16,
     usable,
 )
@@ -48,7 +49,8 @@ class PurifyingFilter:
     VIF has a `kl_weight` above 0 and samples z in fitting; IF has none; IP has no `label_weight` either;
     `input_noise` is the deviation of the noise that a denoising autoencoder undoes. Of `kl_candidates` the
     largest is taken that costs at most `tolerance` of clean accuracy. With `test_samples` above 0 the mean of
-    so many decoded samples is returned in place of the decoded mean.
+    so many decoded samples is returned in place of the decoded mean. The label term is left out for the first
+    `warm_up` of the fit and comes in over as long again.
     """
 
     network: str = "auto"
@@ -93,7 +95,7 @@ class PurifyingFilter:
         settings = replace(self, kl_weight=self.kl_weight_, kl_candidates=())
         self.network_, self.log_ = settings._play(model, clean, "", checkpoint, on_epoch)
         if checkpoint is not None:
-            for path in (checkpoint, *checkpoint.parent.glob(checkpoint.name + ".*")):
+            for path in (checkpoint, *(_of_trial(checkpoint, index) for index in range(len(self.trials_)))):
                 path.unlink(missing_ok=True)
         return self
 
@@ -121,11 +123,9 @@ class PurifyingFilter:
         before, trials = accuracy(model, judging), list[Trial]()
         for candidate in sorted(self.kl_candidates, reverse=True):
             settings = replace(self, kl_weight=candidate, kl_candidates=())
-            path = None if checkpoint is None else checkpoint.with_name(f"{checkpoint.name}.{len(trials)}")
+            path = None if checkpoint is None else _of_trial(checkpoint, len(trials))
             network, _ = settings._play(model, fitting, f"kl_weight {candidate:g}", path, on_epoch)
-            with frozen(model), torch.no_grad():
-                after = accuracy(nn.Sequential(network, model), judging, device=model.mean.device)
-            trials.append(Trial(candidate, before - after))
+            trials.append(Trial(candidate, before - accuracy(nn.Sequential(network, model), judging)))
             if trials[-1].clean_drop <= self.tolerance:
                 break
         return trials
@@ -137,7 +137,7 @@ class PurifyingFilter:
         purification = _Purification(self, network, model)
         with frozen(model):
             log = play(purification, clean, self, stage=stage, checkpoint=checkpoint, on_epoch=on_epoch)
-        return network.eval().requires_grad_(False), log
+        return settled(network), log
 
 
 class _Purification:
@@ -149,11 +149,6 @@ class _Purification:
         self.settings, self.network, self.model = settings, network, model
         self.device = model.mean.device
         self.low_precision = trains_in_bf16(network, model, settings.precision)
-        import os
-
-        self.fmt = (
-            torch.channels_last if self.low_precision or os.environ.get("CL") else torch.contiguous_format
-        )
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.networks: dict[str, nn.Module] = {"network": network}
         self.optimizers = [new_optimizer(network, settings)]
@@ -178,12 +173,11 @@ class _Purification:
             if settings.kl_weight and rng is not None:
                 latent = mean + (log_variance / 2).exp() * _normal_like(mean, rng)
             filtered = self.network.decode(latent)
-            logits = (
-                self.model(filtered.contiguous(memory_format=torch.channels_last)) if settings.label_weight else None
-            )
         terms = {"reconstruction": distance(filtered, images).mean()}
         loss = settings.reconstruction_weight * terms["reconstruction"]
-        if logits is not None:
+        if settings.label_weight:
+            with autocast(self.device, self.low_precision):
+                logits = self.model(filtered.contiguous(memory_format=torch.channels_last))
             terms["label"] = functional.cross_entropy(logits, labels)
             share = 1.0 if rng is None else self.label_share
             loss = loss + share * settings.label_weight * terms["label"]
@@ -193,13 +187,17 @@ class _Purification:
         return terms | {"loss": loss}
 
 
+def _of_trial(checkpoint: Path, index: int) -> Path:
+    return checkpoint.with_name(f"{checkpoint.name}.{index}")
+
+
 def distance(filtered: Images, images: Images) -> Float[Tensor, " n"]:
     """Euclidean distance of each image to its original, over channels and pixels; not squared."""
     return torch.linalg.vector_norm((filtered - images).flatten(1), dim=1)
 
 
 def divergence(mean: Tensor, log_variance: Tensor) -> Float[Tensor, " n"]:
-    """KL(N(mean, exp(log_variance)) || N(0, I)) of each image, summed over the latent's dimensions, in nats."""
+    """KL(N(mean, exp(log_variance)) || N(0, I)) of each image, summed over the latent, in nats."""
     return 0.5 * (mean.square() + log_variance.exp() - log_variance - 1).flatten(1).sum(1)
 
 

@@ -1,10 +1,9 @@
-"""The autoencoders that purify images: convolutions down to a spatial latent of mean and log variance, and back."""
+"""The autoencoders that purify images: convolutions down to a spatial latent, and back."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,7 +16,7 @@ LOG_VARIANCE_BOUND = 8.0
 
 @dataclass(frozen=True)
 class FilterSize:
-    """`widths` at full, half and quarter resolution (0: none at full), blocks around the latent, its channels.
+    """Widths at full, half and quarter resolution (0: none), channels of the latent, blocks around it.
 
     `residual` blocks are two convolutions with a shortcut, the others one convolution.
     """
@@ -36,7 +35,7 @@ FILTER_NETWORKS: dict[str, FilterSize] = {
 
 
 class FilterNetwork(nn.Module):
-    """Images to images in [0, 1] through a latent at a quarter of the resolution; no skip connection around it.
+    """Images to images in [0, 1] through a latent at a quarter of the resolution, and no way around it.
 
     Input Filtering (Do et al., ECCV 2022) leaves the network open: the three sizes are our choice. Images
     whose sides 4 does not divide are padded by their edge pixels and cropped back.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,10 +16,11 @@ from safetensors.torch import save
 from unhorse.core import InputFilter
 from unhorse.filters.adversarial_filter import AdversarialFilter
 from unhorse.filters.input_filter import PurifyingFilter
-from unhorse.filters.networks import FilterNetwork, ImageShape, build_filter
+from unhorse.filters.networks import FilterNetwork, build_filter
 
 FORMAT = "unhorse-filter-1"
-FILTERS: dict[str, Callable[..., PurifyingFilter | AdversarialFilter]] = {
+Filter = PurifyingFilter | AdversarialFilter
+FILTERS: dict[str, Callable[..., Filter]] = {
     "ip": partial(PurifyingFilter, label_weight=0.0),
     "if": PurifyingFilter,
     "vif": partial(PurifyingFilter, kl_weight=0.003),
@@ -35,7 +35,7 @@ def filter_name(fitted: InputFilter) -> str:
     if isinstance(fitted, AdversarialFilter):
         return "aif"
     if not isinstance(fitted, PurifyingFilter):
-        raise ValueError(f"{type(fitted).__name__} is no filter of the registry: take one of FILTERS")
+        raise ValueError(f"{type(fitted).__name__} is not in the registry: take one of {', '.join(FILTERS)}")
     if fitted.kl_candidates:
         return "vif-selected"
     if fitted.kl_weight:
@@ -51,6 +51,7 @@ def save_filter(fitted: InputFilter, path: Path) -> Path:
     network = getattr(fitted, "network_", None)
     if network is None:
         raise ValueError(f"the {name} filter is not fitted: call fit() before saving it")
+    assert isinstance(fitted, Filter)
     options = {entry.name: getattr(fitted, entry.name) for entry in dataclasses.fields(fitted) if entry.init}
     card = {
         "format": FORMAT,
@@ -67,7 +68,7 @@ def save_filter(fitted: InputFilter, path: Path) -> Path:
     return path
 
 
-def load_filter(path: Path) -> InputFilter:
+def load_filter(path: Path) -> Filter:
     """The fitted filter of a file, on the CPU; ValueError for a file that is not one."""
     if not path.is_file():
         raise ValueError(f"no filter at {path}: give a file written by save_filter")

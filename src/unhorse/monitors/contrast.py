@@ -96,24 +96,27 @@ class Contrast:
         self.model_ = model
         return self
 
-    def compare(self, images: Images) -> Comparison:
-        """Both passes through the classifier as one batch of 2n, in eval mode, on the device of `images`."""
+    @property
+    def model(self) -> Classifier:
+        """The classifier that `fit` was given."""
         if getattr(self, "model_", None) is None:
             raise ValueError("the contrast has no model: call fit first")
-        with evaluation(self.model_), evaluation(self.filter.network_):
+        return self.model_
+
+    def compare(self, images: Images) -> Comparison:
+        """Both passes through the classifier as one batch of 2n, in eval mode, on the device of `images`."""
+        with evaluation(self.model), evaluation(self.filter.network_):
             filtered = self.filter(images)
-            both = self.model_(torch.cat([images, filtered]))  # (2n, k)
+            both = self.model(torch.cat([images, filtered]))  # (2n, k)
             logits, filtered_logits = both[: len(images)], both[len(images) :]
             return Comparison(logits, filtered, filtered_logits, contrast_score(logits, filtered_logits))
 
     def outcomes(self, images: Tensor) -> Outcomes:
         """Classes and scores of any number of images (uint8, or floats in [0, 1]), in batches."""
-        if getattr(self, "model_", None) is None:
-            raise ValueError("the contrast has no model: call fit first")
-        check_images(self.model_, images)
+        check_images(self.model, images)
         parts = []
         for part in images.split(self.batch_size):
-            found = self.compare(scaled(part.to(self.model_.mean.device)))
+            found = self.compare(scaled(part.to(self.model.mean.device)))
             other = filtered_class(found.logits, found.filtered_logits, found.score)
             parts.append((found.logits.argmax(1), other, found.score))
         return Outcomes(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))

@@ -71,7 +71,7 @@ def contrast_rates(
     The clean images are D_test; what depends on labels is left out where there are none. ValueError names
     what does not fit the model.
     """
-    check_clean(monitor.model_, clean)
+    check_clean(monitor.model, clean)
     before = monitor.outcomes(clean.images)
     right = None if clean.labels is None else before.predicted == clean.labels.cpu()
     found: dict[str, Rate] = {}
@@ -80,7 +80,7 @@ def contrast_rates(
         found["clean_drop"] = _paired_drop(right, before.filtered_predicted == clean.labels.cpu())
     trojan_scores = torch.empty(0)
     if trojaned is not None:
-        known = _on_the_cpu(trojaned, monitor.model_)
+        known = _on_the_cpu(trojaned, monitor.model)
         outcomes = monitor.outcomes(known.images)
         eligible = _eligible(known)
         trojan_scores = outcomes.score[eligible]
