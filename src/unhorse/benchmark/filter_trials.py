@@ -53,7 +53,8 @@ class VictimArm(Spec):
 
 
 class VictimsSpec(Spec):
-    """The victims of a table: data, architecture, schedule, attacks, and the filters' options on that data.
+    """The victims of a table: data, architecture, schedule, attacks, and the filters' options on that data
+    (`filters`, and by method `filters_of`).
 
     The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test.
     """
@@ -68,6 +69,7 @@ class VictimsSpec(Spec):
     recipe: Recipe
     clean_share: float = 0.7
     filters: dict[str, Any] = Field(default_factory=dict)
+    filters_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
     victims: tuple[VictimArm, ...]
 
     @staticmethod
@@ -185,7 +187,7 @@ class FilterTrial:
         return {"measured": found, "seconds": time.monotonic() - started, "provenance": origin}
 
     def _synthesis(self, victim: Victim, test: Dataset) -> dict[str, Any]:
-        from unhorse.benchmark.synthesis import measure_synthesis
+        from unhorse.benchmark.synthesis import HELD_OUT, measure_synthesis
 
         assert victim.attack is not None
         target = int(victim.attack.relabel(torch.zeros(1, dtype=torch.long)))
@@ -197,7 +199,7 @@ class FilterTrial:
             seed=self.victim.seed,
             **dict(self.options),
         )
-        return {metric: {"value": value, "ci95": None, "n": len(test)} for metric, value in found.items()}
+        return {metric: {"value": value, "ci95": None, "n": HELD_OUT} for metric, value in found.items()}
 
 
 def measure(monitor: Contrast, test: Dataset, attack: Attack | None, *, seed: int) -> dict[str, Any]:

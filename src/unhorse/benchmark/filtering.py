@@ -20,13 +20,19 @@ OF_BENIGN_VICTIMS = {"clean_accuracy", "clean_drop", "fpr"}
 
 class MethodSpec(Spec):
     """A filter and its options, or "none" (the victim itself), or a "synthesis-..." analysis; `sweep` tries
-    every combination of its values. `images` limits the clean images.
+    every combination of its values. `images` limits the clean images, `seeds` the seeds of the table.
     """
 
     name: str
+    seeds: tuple[int, ...] | None = None
     images: int | None = None
     options: dict[str, Any] = Field(default_factory=dict)
     sweep: dict[str, tuple[Any, ...]] = Field(default_factory=dict)
+
+    def applies_to(self, victim: VictimTrial) -> bool:
+        if self.name == "none" or victim.seed not in (self.seeds or (victim.seed,)):
+            return False
+        return victim.arm.attack is not None or not self.name.startswith("synthesis-")
 
     def settings(self) -> Iterator[tuple[int | None, dict[str, Any]]]:
         for values in product(*self.sweep.values()):
@@ -62,10 +68,10 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
     trained = [VictimTrial(cast, arm, seed, place) for seed in spec.seeds for arm in arms]
     undefended = run_trials(trained, results, workers=workers)
     fits = [
-        FilterTrial(victim, method.name, tuple(sorted((cast.filters | options).items())), images, results)
+        FilterTrial(victim, method.name, _options(cast, method.name, options), images, results)
         for victim in trained
         for method in spec.methods
-        if method.name != "none" and not (method.name.startswith("synthesis-") and victim.arm.attack is None)
+        if method.applies_to(victim)
         for images, options in method.settings()
     ]
     outcomes = run_trials(fits, results, workers=workers)
@@ -75,6 +81,12 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
     for trial, outcome in zip(fits, outcomes, strict=True):
         rows += _filter_rows(spec, trial, outcome)
     return rows
+
+
+def _options(cast: VictimsSpec, method: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    if method.startswith("synthesis-"):  # not a filter
+        return tuple(sorted(options.items()))
+    return tuple(sorted((cast.filters | cast.filters_of.get(method, {}) | options).items()))
 
 
 def _shared(spec: FilteringSpec, victim: VictimTrial, outcome: dict[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,5 @@
-"""Trigger synthesis three ways (Do et al., ECCV 2022, Sec. 3, Fig. 2): what a defender finds who asks a classifier
-for an image-dependent trigger of a class. An analysis, not a defence.
+"""Trigger synthesis three ways (Do et al., ECCV 2022, Sec. 3, Fig. 2): triggers that turn images into a
+class, found by gradient. An analysis of a victim, not a defence.
 """
 
 from __future__ import annotations
@@ -11,21 +11,22 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from unhorse.core import Classifier, Dataset, Images, Labels
+from unhorse.core import Classifier, Dataset, ImageGrid, Images, Labels
 from unhorse.scanners.optimisation import Adam, frozen
 
 Variant = Literal["per-image", "mask-generator", "image-generator"]
 HELD_OUT = 200
-"""At most so many images are measured; generators learn from the others."""
-BATCH = 64
+"""At most so many images are measured; generators learn from the others, `BATCH` per step."""
+BATCH = 32
 NORM_WEIGHT = 1.0  # lambda0
+COMMON_RATE = 10.0  # the common map learns as fast as the variables of PerImage
 
 
 class Synthesis(NamedTuple):
     """Held-out images of other classes, under the synthetic trigger of the class.
 
-    `masks` are in [0, 1]: the blending masks, or the size of the change where the variant has no mask. `norm` is
-    that of the mask, or of the whole change; both Euclidean.
+    `masks` are in [0, 1]: the blending masks, or the size of the change where the variant has no mask. `norm`
+    is the Euclidean norm of the mask, or of the whole change.
     """
 
     originals: Images
@@ -73,11 +74,11 @@ class Generator(nn.Module):
             nn.Conv2d(16, maps, 3, padding=1),
         )
         common = torch.zeros(1, maps, height, width)
-        common[:, 0] = start
+        common[:, 0] = start / COMMON_RATE
         self.common = nn.Parameter(common)
 
     def maps(self, images: Images) -> Tensor:
-        return self.inner(images) + self.common
+        return self.inner(images) + COMMON_RATE * self.common
 
 
 class MaskGenerator(Generator):
@@ -124,16 +125,18 @@ def synthesise(
     steps: int,
     seed: int,
 ) -> Synthesis:
-    """Minimises L_gen = -log p(target | x~) + max(||m|| - delta, 0) and measures what was found on images that
-    the generators did not learn from.
+    """Minimises L_gen = -log p(target | x~) + max(||m|| - delta, 0), and measures what was found on images
+    that the generators did not learn from.
 
     `images` (n, c, h, w) of class `target` are left out; `delta` bounds the Euclidean norm of the mask, which
     for pixels in [0, 1] is at most sqrt(h * w), or that of x~ - x. The model is left as it was.
-    Raises ValueError for a target or variant that there is not, and where other classes have too few images.
+    Raises ValueError for a target, variant or bound that cannot be, and where there are too few images.
     """
     others = images[labels != target]
     if not 0 <= target < model.num_classes:
         raise ValueError(f"target class {target} is outside 0..{model.num_classes - 1}")
+    if not delta > 0:
+        raise ValueError(f"delta bounds the norm of a trigger, got {delta}: give a positive number")
     if len(others) < 2:
         raise ValueError(f"{len(others)} images are not of class {target}: give at least two")
     rng = torch.Generator().manual_seed(seed)
@@ -155,6 +158,45 @@ def synthesise(
             found = stamp(held_out)
             success = model(found.images).argmax(1) == wanted
     return Synthesis(held_out, found.images, found.masks, success, found.norm)
+
+
+def measure_synthesis(
+    model: Classifier,
+    data: Dataset,
+    attack_target: int,
+    *,
+    variant: Variant,
+    delta: float,
+    steps: int = 150,
+    seed: int = 0,
+) -> dict[str, float]:
+    """How far synthetic triggers get for the attack's target class, and for another class drawn by `seed`.
+
+    `success_rate` and `trigger_norm` (mean) are of the target class, with `other_` before them of the other.
+    Where they are alike, the synthesis found adversarial noise rather than the Trojan. The bound is a price,
+    not a wall: a norm above `delta` says that turning images within it was dearer than leaving it.
+    """
+    if data.labels is None:
+        raise ValueError(f"data set {data.name!r} has no labels: give images in one folder per class")
+    device = model.mean.device
+    images, labels = data.pixels(device), data.labels.to(device)
+    step = torch.randint(1, model.num_classes, (), generator=torch.Generator().manual_seed(seed)).item()
+    other = int(attack_target + step) % model.num_classes
+    found = {}
+    for prefix, target in (("", attack_target), ("other_", other)):
+        result = synthesise(model, images, labels, target, variant, delta, steps=steps, seed=seed)
+        found[f"{prefix}success_rate"] = result.success.double().mean().item()
+        found[f"{prefix}trigger_norm"] = result.norm.double().mean().item()
+    return found
+
+
+def pictures(result: Synthesis, title: str, *, count: int = 8) -> ImageGrid:
+    """A row each of images, of the same under their synthetic trigger, and of the masks."""
+    rows = (result.originals, result.images, result.masks.expand_as(result.images))
+    names = ("image", "with trigger", "mask")
+    shown = min(count, len(result.images))
+    captions = tuple(name for name in names for _ in range(shown))
+    return ImageGrid(title, torch.cat([row[:count] for row in rows]), captions, columns=shown)
 
 
 def _stamp(
