@@ -6,6 +6,7 @@ import json
 import shutil
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from safetensors.torch import load_file, save_file
 
 import unhorse.survey
 from conftest import TARGET, small_victim
-from unhorse.cli import run
+from unhorse.cli import app, run
+from unhorse.cli.populations import AttackName
 from unhorse.models.classifier import save_classifier
-from unhorse.victims import load_victim
+from unhorse.victims import MADE, load_victim
 
 SCAN = ("scan", "--effort", "quick")
 ZOO = """
@@ -187,6 +189,17 @@ def test_bare_weights_are_scanned_with_what_the_flags_say(victims, tmp_path):
     assert any("normalisation" in line for line in model["assumptions"])
 
 
+def test_numbers_per_channel_follow_one_flag():
+    _, bound, *_ = app.parse_args(
+        ["scan", "net.pt", "--mean", "0.4", "0.5", "0.6", "--std", "0.2", "--seed", "3"],
+        exit_on_error=False,
+        print_error=False,
+    )
+    options = bound.arguments["options"]
+    assert (options.mean, options.std, bound.arguments["seed"]) == ((0.4, 0.5, 0.6), (0.2,), 3)
+    assert bound.arguments["paths"] == (Path("net.pt"),)
+
+
 def test_few_reference_models_give_a_p_value_and_a_warning(victims, tmp_path):
     for index in range(2):
         shutil.copytree(victims / "benign", tmp_path / "mine" / str(index))
@@ -220,6 +233,10 @@ def test_simulate_none_writes_a_benign_victim(tmp_path):
     assert run(["simulate", "none", "-o", str(tmp_path / "v"), "--epochs", "1"]) == 0
     victim = load_victim(tmp_path / "v")
     assert victim.attack is None and not victim.card["trojaned"]
+
+
+def test_simulate_knows_every_attack_by_name():
+    assert set(get_args(AttackName)) == {"none", *MADE}
 
 
 def test_a_population_is_built_a_scanner_fitted_and_used(tmp_path, capsys):
@@ -257,7 +274,7 @@ def test_doctor_names_the_versions(capsys):
 def test_help_lists_the_commands(capsys):
     assert run(["--help"]) == 0
     out = capsys.readouterr().out
-    for command in ("scan", "scanner", "zoo", "simulate", "benchmark", "demo", "doctor"):
+    for command in ("scan", "scanner", "guard", "zoo", "simulate", "benchmark", "demo", "doctor"):
         assert f" {command} " in out
     assert "3 nothing scannable" in out
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from unhorse.core import ScanResult, Verdict
-from unhorse.demo import run_demo
+from unhorse.demo import ATTACK, PASSED, RECIPE, guard_victim, run_demo
 from unhorse.models.classifier import load_classifier
 from unhorse.scanners.activation_outlier import EFFORTS
+from unhorse.victims import VictimSpec, save_victim, train_victim
 from unhorse.zoo import Member, ZooSpec, build, members
 
 pytestmark = pytest.mark.slow
@@ -58,3 +60,22 @@ def test_the_demonstration_finds_its_trojan_and_writes_the_page(tmp_path, capsys
     out = capsys.readouterr()
     assert out.out.strip() == str(tmp_path / "demo" / "report.html")
     assert "found" in out.err and "NOT" not in out.err
+    (guard,) = json.loads((tmp_path / "demo" / "report.json").read_text())["guards"]
+    measures = {name: found and found["value"] for name, found in guard["measures"].items()}
+    assert measures["trojan_accuracy_before"] > 0.95
+    assert measures["trojan_accuracy"] < 0.05 and measures["trojan_passed"] < 0.05
+    assert measures["clean_drop"] < 0.03 and measures["recovery_drop"] < 0.1
+    assert "GUARDED" in page
+
+
+@pytest.mark.timeout(600)
+def test_the_demonstrations_guard_stops_triggers_of_other_seeds(tmp_path):
+    passed, drops = [], []
+    for seed in range(1, 6):
+        model, attack, card = train_victim(VictimSpec(recipe=RECIPE, attack=ATTACK, seed=seed))
+        victim = save_victim(tmp_path / f"victim-{seed}", model, attack, card)
+        measures = guard_victim(victim, tmp_path / f"guard-{seed}", seed=seed).measures
+        passed.append(measures["trojan_passed"].value)
+        drops.append(measures["clean_drop"].value)
+    assert max(passed) <= PASSED
+    assert sum(drops) / len(drops) < 0.03

@@ -29,6 +29,7 @@ from unhorse.core import (
     Verdict,
 )
 from unhorse.exhibits import ACCENT, FRAME, axis, contact_sheet, evidence
+from unhorse.guard_report import MEASURES, Estimate, GuardedModel
 from unhorse.report import (
     Report,
     ScannedModel,
@@ -77,6 +78,25 @@ def infected(**changes) -> ScannedModel:
 
 
 FAILED = ScannedModel("broken.bin", error="The file is truncated: download it again.", error_rule="truncated")
+
+
+def guarded(*measured: str, **changes) -> GuardedModel:
+    """A guard of which those measures are known."""
+    found = {
+        "path": "model.safetensors",
+        "folder": "guard",
+        "sha256": "ab" * 32,
+        "image_shape": (1, 8, 8),
+        "class_names": NAMES,
+        "filter": "vif",
+        "options": {"kl_weight": 0.003, "network": "tiny"},
+        "threshold": -0.5,
+        "fpr": 0.05,
+        "calibration": Estimate(0.04, 0.02, 0.09, 120),
+        "fitted_on": 280,
+        "measures": {name: Estimate(0.125, 0.0625, 0.25, 1199) for name in measured},
+    }
+    return GuardedModel(**(found | changes))
 
 
 def page(*models: ScannedModel) -> str:
@@ -287,6 +307,89 @@ def test_details_of_the_least_serious_models_give_way_first():
     assert len(html.encode()) < 3_000_000
     assert html.count("<article") < 21 and html.count('class="word"') == 21
     assert html.index("<strong>INFECTED") < html.index("<strong>NO SIGN FOUND")
+
+
+# --- guards
+
+
+def test_json_of_guards_follows_the_schema_and_what_was_not_measured_is_null():
+    report = Report((infected(),), guards=(guarded("clean_drop", "fpr"), guarded(*MEASURES, fpr=None)))
+    document = json.loads(dumps(report))
+    jsonschema.validate(document, SCHEMA)
+    some, all_of_them = document["guards"]
+    assert some["measures"]["clean_drop"] == {"value": 0.125, "low": 0.0625, "high": 0.25, "n": 1199}
+    assert some["measures"]["trojan_accuracy"] is None
+    assert set(some["measures"]) == set(MEASURES)
+    assert None not in all_of_them["measures"].values() and all_of_them["fpr"] is None
+    assert some["calibration"]["n"] == 120 and some["filter"]["options"]["kl_weight"] == 0.003
+
+
+def test_a_scan_without_guards_is_written_as_before():
+    assert "guards" not in to_json(Report((infected(),)))
+
+
+def test_the_schema_rejects_a_share_above_one():
+    document = to_json(Report(guards=(guarded(calibration=Estimate(4.0, 2.0, 9.0, 120)),)))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(document, SCHEMA)
+
+
+def test_the_page_of_a_guard_states_rule_costs_and_what_is_unknown():
+    html = to_html(Report(guards=(guarded("clean_accuracy", "clean_drop", "fpr"),)))
+    for words in (
+        "<strong>GUARDED</strong>",
+        "score is above -0.5, set for 5.0% of clean images",
+        "gets no label and waits for a person",
+        "12.5%",
+        "[6.2, 25.0]",
+        "1,199",
+        "Trojan accuracy, alarms and recovery",
+        "no Trojan image was given",
+        "120 clean images",
+        "does not make a model safe",
+    ):
+        assert words in html, words
+    assert html.count("not measured") >= 4
+    assert "No model was found" not in html and "INFECTED" not in html
+
+
+def test_the_page_of_a_measured_guard_has_a_row_for_every_measure():
+    html = to_html(Report(guards=(guarded(*MEASURES, fpr=None, policy="replace"),)))
+    for words in MEASURES.values():
+        assert words in html
+    assert "filtering an image changes its class" in html and "another one may pass" in html
+
+
+def test_guards_come_after_the_scanned_models_and_draw_their_exhibits():
+    grid = ImageGrid("pairs", torch.rand(4, 1, 8, 8), ("a", "b", "c", "d"))
+    html = to_html(Report((infected(),), guards=(guarded("fpr", exhibits=(grid,)),)))
+    assert html.index("<strong>INFECTED") < html.index("<strong>GUARDED")
+    assert "guard-sheet-1-1" in html and len(pictures(html)) == 2
+    assert "Trojan scan of 1 model, 1 guarded model" in html
+
+
+def test_markup_in_a_guards_names_is_inert():
+    evil = '<script>alert(1)</script><img src="https://evil.example/x">'
+    html = to_html(
+        Report(
+            guards=(
+                guarded(path=evil, folder=evil, clean_images=evil, warnings=(evil,), options={evil: evil}),
+            )
+        )
+    )
+    tags = Tags()
+    tags.feed(html)
+    assert html.count("&lt;script&gt;") >= 6 and not tags.names & {"script", "img"}
+
+
+def test_the_terminal_shows_a_guards_measures():
+    console = Console(width=160, file=io.StringIO())
+    console.print(to_terminal(Report(guards=(guarded("fpr", warnings=("few images",)),))))
+    text = console.file.getvalue()
+    assert re.search(r"clean images that alarm +12.5% +\[6.2, 25.0\] +1,199", text)
+    assert re.search(r"Trojan accuracy, alarms and recovery +not measured", text)
+    assert "few images" in text and "4.0% [2.0, 9.0] of 120 clean images alarm" in text
+    assert "verdict" not in text
 
 
 # --- exhibits

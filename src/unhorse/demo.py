@@ -1,27 +1,37 @@
-"""The demonstration: an infected and a benign digits model, trained, scanned and reported in one go."""
+"""The demonstration: an infected and a benign digits model, trained and scanned, the infected one guarded."""
 
 from __future__ import annotations
 
 import json
 import shutil
-import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from unhorse import report
+from unhorse.cli import guard_runs
+from unhorse.cli.clean_images import unused
+from unhorse.datasets import load_dataset, subset
+from unhorse.guard_report import GuardedModel
+from unhorse.jobs import say
 from unhorse.models.training import Recipe
 from unhorse.survey import Request, scan_models
-from unhorse.victims import AttackSpec, VictimSpec, save_victim, train_victim
+from unhorse.victims import AttackSpec, VictimSpec, load_victim, save_victim, train_victim
 
 RECIPE = Recipe(epochs=15, batch_size=64, learning_rate=4e-3)
 ATTACK = AttackSpec(kind="badnet", rate=0.2, trigger={"colours": "binary", "placement": "corner"})
+GUARD = guard_runs.FitRequest("vif", network="tiny", epochs=100)
+GUARD_IMAGES = 400
+PASSED = 0.1
+"""The share of Trojan images that may pass a guard that works."""
 ROWS = Path(__file__).parents[2] / "benchmarks" / "results" / "ours-demo-digits.jsonl"
 
 
 def run_demo(output: Path, *, seed: int, command: Sequence[str]) -> int:
-    """Trains, scans and writes `output`/report.html and report.json. Returns 0 when the infected model is
-    flagged with its target class and the benign one is not, else 2: a demonstration that fails says so.
+    """Trains, scans, guards, and writes `output`/report.html and report.json. Returns 0 when the infected
+    model is flagged with its target class, the benign one is not, and the guard stops the trigger, else 2: a
+    demonstration that fails says so.
     """
     started = time.monotonic()
     shutil.rmtree(output / "models", ignore_errors=True)
@@ -32,22 +42,53 @@ def run_demo(output: Path, *, seed: int, command: Sequence[str]) -> int:
         model, attack, card = train_victim(spec)
         folders.append(save_victim(output / "models" / name, model, attack, card))
         accuracies = {metric: value for metric, value in card["metrics"].items() if value is not None}
-        _say(f"trained {name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in accuracies.items()))
+        say(f"trained {name}: " + ", ".join(f"{metric} {value:.3f}" for metric, value in accuracies.items()))
         target = card["attack"]["target"] if card["trojaned"] else target
     result = scan_models(folders, Request(seed=seed, effort="deep"), command=command)
+    guarded = guard_victim(folders[0], output / "guard", seed=seed)
+    result = replace(result, guards=(guarded,))
     _show(result)
     page = output / "report.html"
     report.save(result, html=page, json=output / "report.json")
     infected, benign = (scanned.result for scanned in result.models)
     right = infected is not None and infected.target == target
     quiet = benign is not None and str(benign.verdict) == "NO SIGN FOUND"
-    _say(f"the trigger's true target is class {target}: {'found' if right else 'NOT found'}")
+    say(f"the trigger's true target is class {target}: {'found' if right else 'NOT found'}")
     if not quiet:
-        _say("the benign model was NOT passed: a false alarm")
-    _say(_measured_rate())
-    _say(f"{time.monotonic() - started:.0f} s")
+        say("the benign model was NOT passed: a false alarm")
+    passed, before = (guarded.measures[name] for name in ("trojan_passed", "trojan_accuracy_before"))
+    stops = passed.value <= PASSED
+    say(f"Trojan images that reach the target: {before} unguarded, {passed} guarded")
+    if not stops:
+        say("the guard does NOT stop the trigger")
+    say(_measured_rate())
+    say(f"{time.monotonic() - started:.0f} s")
     print(page)
-    return 0 if right and quiet else 2
+    return 0 if right and quiet and stops else 2
+
+
+def guard_victim(victim: Path, folder: Path, *, seed: int) -> GuardedModel:
+    """Guards a victim with clean digits that it was not trained on, and measures the guard on the others, its
+    own trigger on them.
+    """
+    loaded, data = load_victim(victim), load_dataset("digits", "test")
+    clean = subset(data, GUARD_IMAGES, seed=seed)
+    request = replace(GUARD, seed=seed)
+    guard = guard_runs.fit_guard(loaded.model, clean, request, folder, source="digits, test", path=victim)
+    record = guard_runs.read_record(folder)
+    assert record is not None and loaded.attack is not None
+    others, warnings = unused(data, record.images)
+    trojaned = guard_runs.stamped(loaded.attack, others, seed=seed)
+    return guard_runs.measure(
+        guard,
+        others,
+        trojaned,
+        record=record,
+        warnings=warnings,
+        folder=str(folder),
+        clean_images="digits, test",
+        trojan_images=str(victim),
+    )
 
 
 def _show(result: report.Report) -> None:
@@ -68,7 +109,3 @@ def _measured_rate() -> str:
         low, high = row["ci95"]
         parts.append(f"{attack} flagged {row['value']:.0%} of {row['n']} [{low:.0%}, {high:.0%}]")
     return "measured rate on held-back digits models: " + "; ".join(parts)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -12,16 +12,6 @@ from concurrent.futures import Future, as_completed
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 
 class Outcome(NamedTuple):
     """One finished job: its item, and either its value or its error."""
@@ -110,6 +100,16 @@ def progress(label: str, total: int, *, interval: float = 20.0) -> Iterator[Call
     then, on stderr.
     """
     if sys.stderr.isatty():
+        from rich.console import Console  # late: --help does not wait for it
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(
             *columns, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True)

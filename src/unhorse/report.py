@@ -7,7 +7,7 @@ import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from rich.text import Text
 
 from unhorse.core import ImageGrid, ScanResult, Verdict
 from unhorse.exhibits import PICTURE_BYTES, axis, bins, class_name, contact_sheet, evidence, points, tallest
+from unhorse.guard_report import POLICIES, GuardedModel, guard_json, guard_terminal
 from unhorse.wording import (
     FAILED,
     MEANING,
@@ -29,6 +30,7 @@ from unhorse.wording import (
     SEVERITY,
     STYLES,
     Severity,
+    finite,
     number,
     percent,
     plain,
@@ -82,12 +84,15 @@ class ScannedModel:
 
 @dataclass(frozen=True)
 class Report:
-    """All models of one command (argv); `environment`: versions, device, seed ...; `created`: ISO 8601."""
+    """All models and guards of one command (argv); `environment`: versions, device, seed ...; `created`: ISO
+    8601.
+    """
 
-    models: tuple[ScannedModel, ...]
+    models: tuple[ScannedModel, ...] = ()
     command: tuple[str, ...] = ()
     environment: Mapping[str, object] = field(default_factory=dict)
     created: str = ""
+    guards: tuple[GuardedModel, ...] = ()
 
 
 def exit_code(report: Report, fail_on: str = Severity.MEDIUM) -> int:
@@ -131,14 +136,15 @@ def _replace(path: Path, text: str) -> None:
 def to_json(report: Report) -> dict[str, object]:
     """The report as finite JSON (NaN and infinities become null), as report.schema.json describes it."""
     counts = Counter(model.verdict for model in report.models)
-    return {
+    document: dict[str, object] = {
         "schema": SCHEMA,
         "created": report.created,
         "command": list(report.command),
-        "environment": _finite(report.environment),
+        "environment": finite(report.environment),
         "summary": {verdict: counts[verdict] for verdict in ORDER},
         "models": [_model_json(model) for model in report.models],
     }
+    return document | ({"guards": [guard_json(guard) for guard in report.guards]} if report.guards else {})
 
 
 def _model_json(model: ScannedModel) -> dict[str, object]:
@@ -181,26 +187,9 @@ def _model_json(model: ScannedModel) -> dict[str, object]:
         "warnings": [plain(text, PROSE_LENGTH) for text in result.warnings],
         "seconds": model.seconds,
     }
-    finite = _finite(content)
-    assert isinstance(finite, dict)
-    return finite
-
-
-def _finite(value: object) -> object:
-    """`value` in the types of JSON; numbers that JSON cannot carry become None."""
-    if hasattr(value, "tolist"):  # tensors, numpy arrays and numbers
-        value = value.tolist()
-    if isinstance(value, str):
-        return str(value)
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int):
-        return value
-    if isinstance(value, Mapping):
-        return {plain(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, Iterable):
-        return [_finite(item) for item in value]
-    return plain(value, PROSE_LENGTH)
+    document = finite(content)
+    assert isinstance(document, dict)
+    return document
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -222,7 +211,8 @@ def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> st
         (model, evidence(model.result, model.class_names) if model.result else ())
         for model in models[:detailed]
     ]
-    grids = sum(isinstance(exhibit, ImageGrid) for _, exhibits in shown for exhibit in exhibits)
+    drawn = [exhibits for _, exhibits in shown] + [guard.exhibits for guard in report.guards]
+    grids = sum(isinstance(exhibit, ImageGrid) for exhibits in drawn for exhibit in exhibits)
     budget = PICTURE_BYTES // max(1, grids)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -238,6 +228,7 @@ def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> st
         models=models,
         evidence=shown,
         meaning=MEANING,
+        policies=POLICIES,
         command=shlex.join(report.command),
         counts=Counter(model.verdict for model in models),
         kind=lambda exhibit: type(exhibit).__name__,
@@ -258,6 +249,9 @@ def _prose(text: object) -> str:
 
 def to_terminal(report: Report) -> RenderableType:
     """A rich table with one row per model; below it what each model's owner should know and do."""
+    guards = [guard_terminal(guard) for guard in report.guards]
+    if guards and not report.models:
+        return Group(*guards)
     table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     table.add_column("verdict", no_wrap=True)
@@ -265,7 +259,7 @@ def to_terminal(report: Report) -> RenderableType:
         table.add_column(column, justify="left" if column == "target" else "right", overflow="fold")
     for model in report.models:
         table.add_row(*_terminal_row(model))
-    return Group(table, *(part for model in report.models for part in _terminal_notes(model)))
+    return Group(table, *(part for model in report.models for part in _terminal_notes(model)), *guards)
 
 
 def _terminal_row(model: ScannedModel) -> list[Text]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,8 @@ import torch
 from unhorse import jobs
 from unhorse.core import Classifier, Dataset, ModelScanner, Reference
 from unhorse.datasets import load_dataset
+from unhorse.image_files import read_parquet
+from unhorse.jobs import say
 from unhorse.loading import LoadFailed, LoadRefused, load_model
 from unhorse.models.classifier import weights_hash
 from unhorse.report import Report, ScannedModel
@@ -81,7 +82,7 @@ def scan_models(
     reference = None
     if request.reference is not None:
         reference = build_reference(request, workers=workers)
-        _say(f"reference: {len(reference.scores)} benign models of {request.reference}")
+        say(f"reference: {len(reference.scores)} benign models of {request.reference}")
     todo = [_Scan(path, request, reference) for path in models]
     scanned: dict[Path, ScannedModel] = {}
     outcomes = jobs.run(jobs.call, todo, workers=workers)
@@ -154,7 +155,7 @@ class _Scan:
         model.to(device)
         scanner = make_scanner(self.request, device=device)
         if isinstance(scanner, ActivationOutlier):
-            _say(f"{self.path}: about {scanner.estimate(model):.0f} s ({self.request.effort})")
+            say(f"{self.path}: about {scanner.estimate(model):.0f} s ({self.request.effort})")
         scanner = (
             replace(scanner, reference=self.reference) if isinstance(scanner, ActivationOutlier) else scanner
         )
@@ -191,7 +192,7 @@ def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
     if source is None:
         return None
     size = model.image_shape[1:]
-    data = _first_split(source, size)
+    data = read_images(source, size)
     if data.image_shape != model.image_shape:
         raise ValueError(
             f"the clean images are {data.image_shape}, the model takes {model.image_shape}: convert them"
@@ -199,15 +200,19 @@ def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
     return data
 
 
-def _first_split(source: Path, size: tuple[int, int]) -> Dataset:
-    """The first split there is, those that no model was trained on before the others."""
+def read_images(source: Path, size: tuple[int, int], split: str | None = None) -> Dataset:
+    """The images of a parquet file, or one split of a data set; of several splits the first of those that no
+    model was trained on, unless named.
+    """
+    if source.suffix == ".parquet" and source.is_file():
+        return read_parquet([source], source.stem, size)
     errors = []
-    for split in ("test", "valid", "train"):
+    for name in ("test", "valid", "train") if split is None else (split,):
         try:
-            return load_dataset(str(source), split, size=size)
+            return load_dataset(str(source), name, size=size)
         except ValueError as error:
             errors.append(error)
-    raise errors[0]
+    raise errors[-1]
 
 
 def choose_device(name: str) -> torch.device:
@@ -246,7 +251,3 @@ def _file_hash(path: Path) -> str:
         return ""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

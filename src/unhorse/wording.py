@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 
 from unhorse.core import Verdict
@@ -77,3 +78,20 @@ def number(value: float | None) -> str:
 def percent(share: float | None) -> str:
     """A share in percent, a dash for what is missing."""
     return "–" if share is None or not math.isfinite(share) else f"{share:.1%}"
+
+
+def finite(value: object) -> object:
+    """`value` in the types of JSON; numbers that JSON cannot carry become None."""
+    if hasattr(value, "tolist"):  # tensors, numpy arrays and numbers
+        value = value.tolist()
+    if isinstance(value, str):
+        return str(value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, Mapping):
+        return {plain(key): finite(item) for key, item in value.items()}
+    if isinstance(value, Iterable):
+        return [finite(item) for item in value]
+    return plain(value, PROSE_LENGTH)

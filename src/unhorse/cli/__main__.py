@@ -1,0 +1,5 @@
+"""`python -m unhorse.cli`."""
+
+from unhorse.cli import main
+
+main()

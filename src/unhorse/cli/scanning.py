@@ -1,0 +1,101 @@
+"""`scan` and `scanner`: is this model trojaned?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, Parameter
+
+from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, MODEL, OUTPUT, ModelOptions
+from unhorse.cli.output import command_line, epochs_progress, show
+from unhorse.jobs import say
+
+Effort = Literal["quick", "standard", "deep"]
+FailOn = Literal["high", "medium", "none"]
+
+scanner_app = App(name="scanner", help="Learned scanners.")
+
+
+def scan(  # noqa: PLR0913 - one parameter per flag
+    paths: Annotated[
+        tuple[Path, ...], Parameter(help="Model files, classifier folders, or folders of them.")
+    ],
+    /,
+    *,
+    scanner: Annotated[
+        Path | None, Parameter(help="A fitted scanner (`unhorse scanner fit`) to use instead.")
+    ] = None,
+    reference: Annotated[
+        Path | None, Parameter(help="A folder of your own benign models: gives a p-value.")
+    ] = None,
+    clean: Annotated[
+        Path | None, Parameter(help="Clean images (folder or parquet) for the demonstration.")
+    ] = None,
+    effort: Annotated[Effort, Parameter(group=COMPUTE, help="How long to search.")] = "standard",
+    device: Annotated[str, Parameter(group=COMPUTE)] = "auto",
+    seed: Annotated[int, Parameter(group=COMPUTE)] = 0,
+    jobs: Annotated[int, Parameter(group=COMPUTE, help="Models at a time.")] = 1,
+    labels: Annotated[
+        Path | None, Parameter(group=MODEL, help="Text file with one class name a line.")
+    ] = None,
+    options: ModelOptions = AS_THE_FILE_SAYS,
+    html: Annotated[Path | None, Parameter(group=OUTPUT, help="Write a self-contained page.")] = None,
+    json: Annotated[Path | None, Parameter(group=OUTPUT, help="Write machine-readable results.")] = None,
+    fail_on: Annotated[
+        FailOn, Parameter(group=OUTPUT, help="Severity that makes the exit code 1.")
+    ] = "medium",
+) -> int:
+    """Say whether models are trojaned, with evidence; no training data needed."""
+    from unhorse import report
+    from unhorse.survey import Request, find_models, scan_models
+
+    request = Request(
+        scanner=scanner,
+        reference=reference,
+        clean=clean,
+        effort=effort,
+        device=device,
+        seed=seed,
+        loading=options.loading()
+        | {"class_names": None if labels is None else labels.read_text(encoding="utf-8").splitlines()},
+    )
+    models = find_models(paths)
+    result = scan_models(models, request, workers=jobs, command=command_line())
+    show(result, html, json)
+    return report.exit_code(result, fail_on)
+
+
+@scanner_app.command
+def fit(
+    population: Path,
+    /,
+    *,
+    output: Annotated[Path, Parameter(alias="-o")],
+    kind: Literal["set", "convolution", "transformer"] = "set",
+    maps: Literal["min", "max", "both"] = "both",
+    preset: Annotated[
+        str | None, Parameter(help="Signature preset; the kind's own default if left out.")
+    ] = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    jobs: int = 1,
+) -> int:
+    """Fit a scanner on the signatures of a population's `fit` split."""
+    from unhorse.benchmark.signatures import population_signatures
+    from unhorse.scanners.signature_scanner import SignatureScanner
+
+    settings: dict[str, Any] = {} if preset is None else {"preset": preset}
+    scanner = SignatureScanner(kind=kind, maps=maps, epochs=epochs, seed=seed, **settings)
+    register, signatures = population_signatures(population, "fit", scanner.preset, workers=jobs)
+    say(f"fitting on {len(register)} models, {sum(member.trojaned for member in register)} of them trojaned")
+    trojaned, targets = [member.trojaned for member in register], [member.target for member in register]
+    step = epochs_progress("fitting")
+
+    def progress(done: int, total: int, loss: float) -> None:
+        step(done, total, f"validation loss {loss:.4f}")
+
+    scanner.fit(signatures, trojaned, targets, progress=progress)
+    scanner.save(output)
+    say(f"scanner written to {output}: use it with `unhorse scan MODEL --scanner {output}`")
+    return 0
