@@ -25,7 +25,7 @@ recipe = { epochs = 2, batch_size = 32, learning_rate = 1e-2 }
 filters = { network = "tiny", epochs = 1, held_out = 0.0 }
 victims = [
     {},
-    { attack = { kind = "badnet-plus", target = 0, rate = 0.5 }, label = { size = 2 }, recipe = { epochs = 3 } },
+    { attack = { kind = "badnet-plus", target = 0, rate = 0.5 }, label = { size = 2 } },
     { attack = { kind = "wanet", mode = "all-target" } },
 ]
 """
@@ -122,7 +122,7 @@ def test_attacks_that_the_victims_lack_are_refused(place, tmp_path):
         run_spec(spec, tmp_path, tmp_path, victims=place / "victims.toml")
 
 
-# --- the definitions, on a classifier that reads one pixel ---------------------------------------------------
+# --- the definitions, on a classifier that reads one pixel
 
 
 class PixelNetwork(nn.Module):

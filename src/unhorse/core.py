@@ -337,11 +337,11 @@ class Attack(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-# --- does this input carry a trigger? ------------------------------------------------------------------------
+# --- does this input carry a trigger? -----------------------------------------------------------------------
 
 
 class InputFilter(Protocol):
-    """x -> x°, the purified image: the trigger gone, the rest as it was. Never sees a Trojan image in `fit`."""
+    """x -> x°, the purified image: the trigger gone, the rest as it was. `fit` sees no Trojan image."""
 
     def fit(self, model: Classifier, clean: Dataset) -> Self: ...
 

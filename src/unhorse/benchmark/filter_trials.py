@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from pydantic import Field
 
+from unhorse.benchmark.synthesis import HELD_OUT, measure_synthesis
 from unhorse.benchmark.trials import chosen_device, provenance
 from unhorse.core import Attack, Dataset
 from unhorse.datasets import load_dataset, split_dataset, subset
@@ -181,21 +182,19 @@ class FilterTrial:
         else:
             fitted = FILTERS[self.method](**{"seed": seed, **dict(self.options)})
             self.results.mkdir(parents=True, exist_ok=True)
-            fitted.fit(victim.model, clean, checkpoint=self.results / f".{self.name}.fitting")  # type: ignore[call-arg]
+            fitted.fit(victim.model, clean, checkpoint=self.results / f".{self.name}.fitting")
             monitor = Contrast(fitted).fit(victim.model, clean)
             found = measure(monitor, test, victim.attack, seed=seed)
         return {"measured": found, "seconds": time.monotonic() - started, "provenance": origin}
 
     def _synthesis(self, victim: Victim, test: Dataset) -> dict[str, Any]:
-        from unhorse.benchmark.synthesis import HELD_OUT, measure_synthesis
-
         assert victim.attack is not None
         target = int(victim.attack.relabel(torch.zeros(1, dtype=torch.long)))
         found = measure_synthesis(
             victim.model,
             test,
             target,
-            variant=self.method.removeprefix("synthesis-"),
+            variant=self.method.removeprefix("synthesis-"),  # type: ignore[arg-type]
             seed=self.victim.seed,
             **dict(self.options),
         )

@@ -75,7 +75,7 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
         for images, options in method.settings()
     ]
     outcomes = run_trials(fits, results, workers=workers)
-    rows = []
+    rows: list[Row] = []
     for victim, outcome in zip(trained, undefended, strict=True):
         rows += _victim_rows(spec, victim, outcome)
     for trial, outcome in zip(fits, outcomes, strict=True):

@@ -46,8 +46,8 @@ class AdversarialFilter:
     - robust_label_weight * log p(y | F(x~)) + robust_reconstruction_weight * ||F(x~) - x||,
     in turn, batch by batch. Norms are Euclidean. With `normalise_mask` no mask's norm is above `mask_norm`,
     0.2 sqrt(h w) unless given. `robust_reconstruction_weight` is `reconstruction_weight` unless given;
-    `stamped_share` of each batch is stamped, all of it in the paper. The terms of y are left out for the first
-    `warm_up` of the fit and come in over as long again.
+    `stamped_share` of each batch is stamped, all of it in the paper. The terms of y are left out for the
+    first `warm_up` of the fit and come in over as long again.
     """
 
     network: str = "auto"

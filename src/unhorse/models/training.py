@@ -92,8 +92,8 @@ def train(
     """Trains `model` in place on its own device and leaves it in eval mode; same seed, same weights.
 
     An attack sees every batch through `poison`, before or after augmentation as it declares, and its own
-    optimizers are zeroed and stepped with the model's, on the recipe's schedule too. With a `checkpoint` path, a training that was killed
-    goes on after its last whole epoch.
+    optimizers are zeroed and stepped with the model's, on the recipe's schedule too. With a `checkpoint`
+    path, a training that was killed goes on after its last whole epoch.
     """
     if data.labels is None or len(data) == 0:
         raise ValueError(f"data set {data.name!r} has no labelled images to train on")
