@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unhorse.core import Classifier, Dataset, ScanResult, Verdict
     from unhorse.datasets import load_dataset
+    from unhorse.filters.registry import FILTERS
     from unhorse.loading import LoadFailed, LoadRefused, load_model
+    from unhorse.monitors.contrast import Contrast
+    from unhorse.monitors.guard import Guard, load_guard
     from unhorse.scanners.activation_outlier import ActivationOutlier
     from unhorse.scanners.signature_scanner import SignatureScanner
     from unhorse.scanners.signatures import compute_signature
@@ -16,8 +19,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ActivationOutlier",
+    "FILTERS",
     "Classifier",
+    "Contrast",
     "Dataset",
+    "Guard",
     "LoadFailed",
     "LoadRefused",
     "ScanResult",
@@ -25,6 +31,7 @@ __all__ = [
     "Verdict",
     "compute_signature",
     "load_dataset",
+    "load_guard",
     "load_model",
     "load_victim",
     "scan",
@@ -32,8 +39,11 @@ __all__ = [
 
 _HOMES = {
     "ActivationOutlier": "unhorse.scanners.activation_outlier",
+    "FILTERS": "unhorse.filters.registry",
     "Classifier": "unhorse.core",
+    "Contrast": "unhorse.monitors.contrast",
     "Dataset": "unhorse.core",
+    "Guard": "unhorse.monitors.guard",
     "LoadFailed": "unhorse.loading",
     "LoadRefused": "unhorse.loading",
     "ScanResult": "unhorse.core",
@@ -41,6 +51,7 @@ _HOMES = {
     "Verdict": "unhorse.core",
     "compute_signature": "unhorse.scanners.signatures",
     "load_dataset": "unhorse.datasets",
+    "load_guard": "unhorse.monitors.guard",
     "load_model": "unhorse.loading",
     "load_victim": "unhorse.victims",
 }
