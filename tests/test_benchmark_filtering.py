@@ -115,6 +115,14 @@ def test_victims_can_be_replaced(place, tmp_path):
     assert {row.dataset for row in rows} == {"other"}
 
 
+def test_victims_may_ask_for_fewer_seeds_and_images_than_a_table(place, tmp_path):
+    scarce = tmp_path / "scarce.toml"
+    scarce.write_text("seeds = [2]\nclean_images = 60\n" + VICTIMS)
+    rows = run_spec(place / "filters.toml", tmp_path, tmp_path, victims=scarce)
+    assert {row.seed for row in rows} == {2}
+    assert {row.options["images"] for row in rows if row.method == "vif"} == {60}
+
+
 def test_attacks_that_the_victims_lack_are_refused(place, tmp_path):
     spec = tmp_path / "spec.toml"
     spec.write_text(FILTERS + 'only = ["input-aware"]\n')

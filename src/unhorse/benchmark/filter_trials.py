@@ -57,7 +57,8 @@ class VictimsSpec(Spec):
     """The victims of a table: data, architecture, schedule, attacks, and the filters' options on that data
     (`filters`, and by method `filters_of`).
 
-    The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test.
+    The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test; a filter
+    gets `clean_images` of D_val, or all. `seeds` replaces those of the tables.
     """
 
     name: str
@@ -69,6 +70,8 @@ class VictimsSpec(Spec):
     data: DataSpec
     recipe: Recipe
     clean_share: float = 0.7
+    clean_images: int | None = None
+    seeds: tuple[int, ...] | None = None
     filters: dict[str, Any] = Field(default_factory=dict)
     filters_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
     victims: tuple[VictimArm, ...]

@@ -65,10 +65,12 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
     arms = [arm for arm in cast.victims if spec.takes(arm)]
     if not arms:
         raise ValueError(f"{victims} has no victim of {spec.modes}, {spec.only}: see its [[victims]]")
-    trained = [VictimTrial(cast, arm, seed, place) for seed in spec.seeds for arm in arms]
+    trained = [VictimTrial(cast, arm, seed, place) for seed in cast.seeds or spec.seeds for arm in arms]
     undefended = run_trials(trained, results, workers=workers)
     fits = [
-        FilterTrial(victim, method.name, _options(cast, method.name, options), images, results)
+        FilterTrial(
+            victim, method.name, _options(cast, method.name, options), images or cast.clean_images, results
+        )
         for victim in trained
         for method in spec.methods
         if method.applies_to(victim)
