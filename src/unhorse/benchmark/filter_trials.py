@@ -57,8 +57,8 @@ class VictimsSpec(Spec):
     """The victims of a table: data, architecture, schedule, attacks, and the filters' options on that data
     (`filters`, and by method `filters_of`).
 
-    The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test; a filter
-    gets `clean_images` of D_val, or all. `seeds` replaces those of the tables.
+    The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test; a
+    filter gets `clean_images` of D_val, or all. `seeds` replaces those of the tables.
     """
 
     name: str
