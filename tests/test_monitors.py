@@ -618,7 +618,7 @@ def test_saving_again_replaces_the_guard_and_nothing_else_is_replaced(fitted, tm
 
 
 def test_a_save_that_fails_leaves_nothing_behind(victim, contrast, tmp_path):
-    with pytest.raises(ValueError, match="is no filter of the registry"):
+    with pytest.raises(ValueError, match="is not in the registry"):
         Guard(victim, contrast, fpr=None).save(tmp_path / "guard")
     assert list(tmp_path.iterdir()) == []
 
