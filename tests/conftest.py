@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from unhorse.core import Classifier
 from unhorse.models.classifier import new_classifier, save_classifier
+from unhorse.victims import Victim, load_victim
 
 TARGET = 3
 Shape = tuple[int, int, int]
@@ -127,3 +128,10 @@ def victims(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_classifier(small_victim(strength=60), folder / "infected")
     save_classifier(small_victim(), folder / "benign")
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained() -> dict[str, Victim]:
+    """Victims trained on scikit-learn's digits: "infected" (2x2 patch in a corner, target 3), "benign"."""
+    folder = Path(__file__).parent / "victims"
+    return {name: load_victim(folder / name) for name in ("infected", "benign")}

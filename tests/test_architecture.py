@@ -16,7 +16,7 @@ FOREIGN = {"torchvision", "timm", "torchmetrics"}
 
 # files that belong to the unit of another file
 PARTS = {
-    **{"image_files": "datasets", "victims": "zoo"},
+    **{"image_files": "datasets", "inputs": "metrics", "victims": "zoo"},
     **{"exhibits": "report", "wording": "report", "guard_report": "report"},
     **{"survey": "cli", "demo": "cli"},
 }

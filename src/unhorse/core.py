@@ -354,3 +354,27 @@ class InputMonitor(Protocol):
     def fit(self, model: Classifier, clean: Dataset, finding: ScanResult | None = None) -> Self: ...
 
     def score(self, images: Images) -> Scores: ...
+
+
+# --- a cured copy -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RepairResult:
+    """A cured copy of a classifier, which itself is as it was; `facts` are for tables and JSON."""
+
+    repair: str
+    model: Classifier
+    facts: Mapping[str, object] = field(default_factory=dict)
+    exhibits: tuple[Exhibit, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+class Repair(Protocol):
+    """Cures a copy of a model on clean images. One that needs a finding, and gets None, raises ValueError and
+    names the scan to run.
+    """
+
+    def __call__(
+        self, model: Classifier, clean: Dataset, finding: ScanResult | None = None
+    ) -> RepairResult: ...

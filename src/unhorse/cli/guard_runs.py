@@ -19,12 +19,12 @@ from unhorse.core import Attack, Classifier, Dataset, Exhibit, ImageGrid
 from unhorse.filters.fitting import FilterEpoch
 from unhorse.filters.registry import FILTERS, filter_name
 from unhorse.guard_report import MEASURES, Estimate, GuardedModel
+from unhorse.inputs import scaled
 from unhorse.models.classifier import weights_hash
 from unhorse.monitors.evidence import evidence
 from unhorse.monitors.guard import Guard, evaluate
 from unhorse.monitors.guard_storage import GUARD_FILE
 from unhorse.monitors.guarded_classifier import Policy
-from unhorse.monitors.inputs import scaled
 from unhorse.monitors.rates import Evaluation, TrojanImages
 from unhorse.report import Report
 from unhorse.survey import environment

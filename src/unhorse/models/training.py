@@ -55,13 +55,13 @@ class Recipe:
     """How a classifier is trained; the defaults suit small networks on small images.
 
     `schedule` is "one-cycle" (warm-up over the first fifth, cosine to zero), "steps" (x0.1 at each of
-    `milestones`, given in epochs) or "constant". `precision` "auto" takes bf16 autocast and channels_last
-    where they pay (bf16_pays).
+    `milestones`, given in epochs) or "constant"; "nesterov" is SGD with Nesterov's momentum. `precision`
+    "auto" takes bf16 autocast and channels_last where they pay (bf16_pays).
     """
 
     epochs: int = 3
     batch_size: int = 128
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "sgd", "nesterov"] = "adam"
     learning_rate: float = 2e-3
     schedule: Literal["one-cycle", "steps", "constant"] = "one-cycle"
     milestones: tuple[int, ...] = ()
@@ -69,6 +69,9 @@ class Recipe:
     weight_decay: float = 0.0
     augmentation: Augmentation = Augmentation()
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+
+
+Penalty = Callable[[Images], Tensor]
 
 
 class EpochLog(NamedTuple):
@@ -86,13 +89,15 @@ def train(
     *,
     seed: int,
     attack: Attack | None = None,
+    penalty: Penalty | None = None,
     checkpoint: Path | None = None,
     on_epoch: Callable[[EpochLog], None] | None = None,
 ) -> list[EpochLog]:
     """Trains `model` in place on its own device and leaves it in eval mode; same seed, same weights.
 
     An attack sees every batch through `poison`, before or after augmentation as it declares, and its own
-    optimizers are zeroed and stepped with the model's, on the recipe's schedule too. With a `checkpoint`
+    optimizers are zeroed and stepped with the model's, on the recipe's schedule too. What `penalty` makes of
+    a batch, right after the model has seen it, is added to the loss. With a `checkpoint`
     path, a training that was killed goes on after its last whole epoch.
     """
     if data.labels is None or len(data) == 0:
@@ -119,7 +124,9 @@ def train(
             order = torch.randperm(len(data), generator=rng).to(device)
             sums = torch.zeros(2, device=device)
             for batch in order.split(recipe.batch_size):
-                sums += _step(state, images[batch].float() / 255, labels[batch], recipe, low_precision)
+                sums += _step(
+                    state, images[batch].float() / 255, labels[batch], recipe, low_precision, penalty
+                )
             loss, correct = (sums / len(data)).tolist()
             log.append(EpochLog(epoch, loss, correct))
             if on_epoch is not None:
@@ -132,13 +139,20 @@ def train(
     return log
 
 
-def _step(state: _State, images: Images, labels: Tensor, recipe: Recipe, low_precision: bool) -> Tensor:
+def _step(  # noqa: PLR0913
+    state: _State,
+    images: Images,
+    labels: Tensor,
+    recipe: Recipe,
+    low_precision: bool,
+    penalty: Penalty | None,
+) -> Tensor:
     """One optimizer step; returns (sum of losses, number correct)."""
-    attack, penalty = state.attack, torch.zeros((), device=images.device)
+    attack, extra = state.attack, torch.zeros((), device=images.device)
     if attack is None or not attack.poisons_before_augmentation:
         images = recipe.augmentation(images, state.rng)
     if attack is not None:
-        images, labels, penalty = attack.poison(images, labels, state.rng)
+        images, labels, extra = attack.poison(images, labels, state.rng)
         if attack.poisons_before_augmentation:
             images = recipe.augmentation(images, state.rng)
     optimizers = [state.optimizer, *(attack.optimizers() if attack is not None else [])]
@@ -146,8 +160,10 @@ def _step(state: _State, images: Images, labels: Tensor, recipe: Recipe, low_pre
         optimizer.zero_grad(set_to_none=True)
     with autocast(images.device, low_precision):
         logits = state.model(images)
+        if penalty is not None:
+            extra = extra + penalty(images)
     loss = functional.cross_entropy(logits, labels)
-    (loss + penalty).backward()
+    (loss + extra).backward()
     for optimizer in optimizers:
         optimizer.step()
     for schedule in state.schedules:
@@ -218,7 +234,11 @@ def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optimizer == "adam":
         return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
     return torch.optim.SGD(
-        parameters, recipe.learning_rate, momentum=recipe.momentum, weight_decay=recipe.weight_decay
+        parameters,
+        recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=recipe.optimizer == "nesterov",
     )
 
 

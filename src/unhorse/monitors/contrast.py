@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from unhorse.core import Classifier, Dataset, Images, Labels, Logits, ScanResult, Scores
 from unhorse.filters.fitting import OnEpoch
+from unhorse.inputs import check_images, scaled
 from unhorse.metrics import evaluation
-from unhorse.monitors.inputs import check_images, scaled
 
 
 class NetworkFilter(Protocol):

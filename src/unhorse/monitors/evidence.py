@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from unhorse.core import Exhibit, Histogram, ImageGrid
+from unhorse.inputs import scaled
 from unhorse.monitors.guard import Guard
-from unhorse.monitors.inputs import scaled
 from unhorse.monitors.rates import Evaluation
 
 SHOWN = 10

@@ -11,11 +11,11 @@ import torch
 
 from unhorse.core import Classifier, Dataset, Images
 from unhorse.filters.fitting import OnEpoch
+from unhorse.inputs import check_clean, check_images, check_recognised
 from unhorse.monitors.calibration import Calibration, check_count, conformal_threshold, split_clean
 from unhorse.monitors.contrast import Contrast, NetworkFilter
 from unhorse.monitors.guard_storage import GUARD_FILE, read_guard, write_guard
 from unhorse.monitors.guarded_classifier import POLICIES, Decision, GuardedClassifier, Policy, decide
-from unhorse.monitors.inputs import check_clean, check_images, check_recognised
 from unhorse.monitors.rates import Evaluation, TrojanImages, contrast_rates, rate_of
 
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from unhorse.core import Classifier, Images, Labels, Logits, Scores
+from unhorse.inputs import SLACK
 from unhorse.monitors.contrast import Comparison, contrast_score
-from unhorse.monitors.inputs import SLACK
 
 Policy = Literal["observe", "hold", "replace"]
 POLICIES: tuple[Policy, ...] = ("observe", "hold", "replace")

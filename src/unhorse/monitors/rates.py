@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from unhorse.core import Classifier, Dataset, Labels, Scores
+from unhorse.inputs import check_clean, check_images, check_labels
 from unhorse.metrics import auroc, auroc_interval, wilson_interval
 from unhorse.monitors.contrast import Contrast, Outcomes
-from unhorse.monitors.inputs import check_clean, check_images, check_labels
 
 
 class Rate(NamedTuple):
