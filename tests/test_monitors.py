@@ -18,7 +18,8 @@ from unhorse.monitors.calibration import conformal_threshold, split_clean
 from unhorse.monitors.contrast import Contrast, Outcomes, contrast_score
 from unhorse.monitors.evidence import evidence
 from unhorse.monitors.guard import Guard, evaluate, load_guard
-from unhorse.monitors.rates import TrojanImages, contrast_rates
+from unhorse.monitors.rates import contrast_rates
+from unhorse.rates import TrojanImages
 
 SHAPE: Shape = (1, 12, 12)
 

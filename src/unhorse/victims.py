@@ -24,6 +24,7 @@ from unhorse.datasets import load_dataset, natural_images, subset
 from unhorse.metrics import accuracy, recovery_accuracy, trojan_accuracy
 from unhorse.models.classifier import load_classifier, new_classifier, read_card, save_classifier
 from unhorse.models.training import Recipe, train
+from unhorse.rates import TrojanImages
 from unhorse.triggers import Stamp
 
 MADE: dict[str, type[Poisoning] | type[CleanLabelPoisoning] | type[InputAware] | type[WaNet]] = {
@@ -163,6 +164,20 @@ def attack_metrics(model: Classifier, data: Dataset, attack: Attack, *, seed: in
     for probe in sorted(attack.probes().keys() - {"trojan"}):
         found[f"{probe}_accuracy"] = recovery_accuracy(model, data, attack, rng=judging, probe=probe)
     return found
+
+
+def trojan_images(
+    attack: Attack, data: Dataset, *, seed: int, device: torch.device | None = None
+) -> TrojanImages:
+    """Every image of `data` under the attack's trigger, on the CPU, with what the attacker wants of it."""
+    if data.labels is None:
+        raise ValueError(
+            f"{data.name!r} has no labels: what an attacker wants of an image depends on its class"
+        )
+    trigger, rng = attack.probes()["trojan"], torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        images = torch.cat([trigger(batch, rng).cpu() for batch, _ in data.batches(1000, device)])
+    return TrojanImages(images, data.labels, attack.relabel(data.labels), attack.eligible(data.labels))
 
 
 def make_attack(spec: AttackSpec, model: Classifier, recipe: Recipe, rng: torch.Generator) -> Attack:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from unhorse.core import Classifier, Dataset, Images, Labels
 from unhorse.filters.networks import FilterNetwork, build_filter
 from unhorse.models.training import Augmentation, bf16_pays
+from unhorse.rates import predictions
 
 MINIMUM_IMAGES = 20
 FINAL_LEARNING_RATE = 1e-5
@@ -90,7 +91,7 @@ def usable(model: Classifier, clean: Dataset, settings: Settings) -> Dataset:
     if settings.precision not in ("auto", "fp32", "bf16"):
         raise ValueError(f"precision is {settings.precision!r}: take auto, fp32 or bf16")
     if clean.labels is None:
-        return replace(clean, labels=predictions(model, clean))
+        return replace(clean, labels=predictions(model, clean.images))
     if len(clean.class_names) not in (0, model.num_classes):
         raise ValueError(
             f"the clean images have {len(clean.class_names)} classes, the model {model.num_classes}: "
@@ -101,14 +102,6 @@ def usable(model: Classifier, clean: Dataset, settings: Settings) -> Dataset:
             f"labels must be from 0 to {model.num_classes - 1}, the model's classes: correct them"
         )
     return clean
-
-
-def predictions(model: Classifier, clean: Dataset) -> Labels:
-    """The class of each image by the model's own decision, on the CPU."""
-    device = model.mean.device
-    with frozen(model), torch.no_grad():
-        parts = [model(part.to(device).float() / 255).argmax(1).cpu() for part in clean.images.split(BATCH)]
-    return torch.cat(parts)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from unhorse.core import Dataset
-from unhorse.monitors.rates import Rate
+from unhorse.rates import Rate
 
 ROUNDING = 1e-9  # 0.05 * 20 is not quite 1
 

@@ -16,7 +16,8 @@ from unhorse.monitors.calibration import Calibration, check_count, conformal_thr
 from unhorse.monitors.contrast import Contrast, NetworkFilter
 from unhorse.monitors.guard_storage import GUARD_FILE, read_guard, write_guard
 from unhorse.monitors.guarded_classifier import POLICIES, Decision, GuardedClassifier, Policy, decide
-from unhorse.monitors.rates import Evaluation, TrojanImages, contrast_rates, rate_of
+from unhorse.monitors.rates import Evaluation, contrast_rates
+from unhorse.rates import TrojanImages, rate_of
 
 
 @dataclass
