@@ -13,7 +13,7 @@ from unhorse.filters.adversarial_filter import AdversarialFilter, TriggerGenerat
 from unhorse.filters.fitting import FilterEpoch, label_share, play, stalled
 from unhorse.filters.input_filter import PurifyingFilter, distance, divergence
 from unhorse.filters.networks import FILTER_NETWORKS, build_filter
-from unhorse.filters.registry import FILTERS, filter_name, load_filter, save_filter
+from unhorse.filters.registry import NETWORK_FILTERS, filter_name, load_filter, save_filter
 
 SHAPE = (1, 8, 8)
 KINDS = ("vif", "aif")
@@ -39,14 +39,16 @@ def fitted(victim) -> dict:
     """One filter of each name after at most 40 steps, its trial included."""
     data = clean_images(victim, 160)
     options = {"batch_size": 40, "learning_rate": 5e-3}
-    made = {name: short(name, epochs=6, **options) for name in FILTERS if name != "vif-selected"}
+    made = {name: short(name, epochs=6, **options) for name in NETWORK_FILTERS if name != "vif-selected"}
     made["vif-selected"] = short("vif-selected", epochs=4, tolerance=1.0, **options)
     return {name: one.fit(victim, data) for name, one in made.items()}
 
 
 def short(name: str, **options):
     """A fit of a few steps."""
-    return FILTERS[name](**{"epochs": 3, "batch_size": 20, "held_out": 0.0, "precision": "fp32", **options})
+    return NETWORK_FILTERS[name](
+        **{"epochs": 3, "batch_size": 20, "held_out": 0.0, "precision": "fp32", **options}
+    )
 
 
 def weights(one) -> Tensor:
@@ -273,7 +275,7 @@ def test_the_classifier_sees_stamped_and_filtered_images_once_per_step(
 # --- what a filter does
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NETWORK_FILTERS)
 def test_a_filter_returns_images_and_learns(fitted, victim, name):
     images = torch.rand(4, *SHAPE)
     purified = fitted[name](images)
@@ -540,12 +542,12 @@ def test_the_smallest_sets_can_be_fitted_on(victim, clean, count):
 # --- the registry, and a filter on disk
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NETWORK_FILTERS)
 def test_a_filter_knows_its_name(name):
-    assert filter_name(FILTERS[name]()) == name
+    assert filter_name(NETWORK_FILTERS[name]()) == name
 
 
-@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("name", NETWORK_FILTERS)
 def test_a_saved_filter_comes_back(fitted, tmp_path, name):
     path = save_filter(fitted[name], tmp_path / "filter.safetensors")
     loaded, images = load_filter(path), torch.rand(3, *SHAPE)

@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unhorse.cli.clean_images import ImageSource, class_index, fingerprints
 from unhorse.cli.output import epochs_progress
-from unhorse.core import Attack, Classifier, Dataset, Exhibit, ImageGrid
+from unhorse.core import Classifier, Dataset, Exhibit, ImageGrid
 from unhorse.filters.fitting import FilterEpoch
-from unhorse.filters.registry import FILTERS, filter_name
+from unhorse.filters.registry import NETWORK_FILTERS, filter_name
 from unhorse.guard_report import MEASURES, Estimate, GuardedModel
 from unhorse.inputs import scaled
 from unhorse.models.classifier import weights_hash
@@ -25,10 +25,11 @@ from unhorse.monitors.evidence import evidence
 from unhorse.monitors.guard import Guard, evaluate
 from unhorse.monitors.guard_storage import GUARD_FILE
 from unhorse.monitors.guarded_classifier import Policy
-from unhorse.monitors.rates import Evaluation, TrojanImages
+from unhorse.monitors.rates import Evaluation
+from unhorse.rates import TrojanImages
 from unhorse.report import Report
 from unhorse.survey import environment
-from unhorse.victims import load_victim
+from unhorse.victims import load_victim, trojan_images
 
 RECORD_FILE = "record.json"
 EXPORT_FILE = "guard.pt2"
@@ -69,7 +70,7 @@ class FitRequest:
 
     def make_filter(self, images: int) -> Any:
         """The unfitted filter, for that many clean images."""
-        made = FILTERS[self.filter](network=self.network, seed=self.seed)
+        made = NETWORK_FILTERS[self.filter](network=self.network, seed=self.seed)
         fitting = images * (1 - CALIBRATION_SHARE) * (1 - made.held_out)
         steps = max(1, math.ceil(fitting / made.batch_size))
         enough = max(made.epochs, math.ceil(STEPS / steps))
@@ -158,15 +159,6 @@ def read_record(folder: Path) -> Record | None:
 # --- Trojan images ------------------------------------------------------------------------------------------
 
 
-def stamped(attack: Attack, clean: Dataset, *, seed: int) -> TrojanImages:
-    """Every clean image under the attack's trigger, with what the attacker wants of it."""
-    trigger, rng = attack.probes()["trojan"], torch.Generator().manual_seed(seed)
-    images = torch.cat([trigger(batch, rng) for batch, _ in clean.batches(1024)])
-    assert clean.labels is not None
-    wanted, eligible = attack.relabel(clean.labels), attack.eligible(clean.labels)
-    return TrojanImages(images, clean.labels, wanted, eligible)
-
-
 def stamped_by_victim(folder: Path, guard: Guard, clean: Dataset) -> TrojanImages:
     """The clean images under the trigger of a victim, which must be the model that is guarded."""
     victim = load_victim(folder)
@@ -176,7 +168,7 @@ def stamped_by_victim(folder: Path, guard: Guard, clean: Dataset) -> TrojanImage
         raise ValueError(f"{folder} is not the model that is guarded: give the victim that the guard is for")
     if clean.labels is None:
         raise ValueError("--card needs the labels of the clean images: leave --unlabelled out")
-    return stamped(victim.attack, clean, seed=int(victim.card["spec"]["seed"]))
+    return trojan_images(victim.attack, clean, seed=int(victim.card["spec"]["seed"]))
 
 
 def stamped_in_folder(source: ImageSource, model: Classifier, target: str | None) -> TrojanImages:

@@ -15,12 +15,13 @@ from safetensors.torch import save
 
 from unhorse.core import InputFilter
 from unhorse.filters.adversarial_filter import AdversarialFilter
+from unhorse.filters.februus import Februus
 from unhorse.filters.input_filter import PurifyingFilter
 from unhorse.filters.networks import FilterNetwork, build_filter
 
 FORMAT = "unhorse-filter-1"
 Filter = PurifyingFilter | AdversarialFilter
-FILTERS: dict[str, Callable[..., Filter]] = {
+NETWORK_FILTERS: dict[str, Callable[..., Filter]] = {
     "ip": partial(PurifyingFilter, label_weight=0.0),
     "if": PurifyingFilter,
     "vif": partial(PurifyingFilter, kl_weight=0.003),
@@ -28,10 +29,19 @@ FILTERS: dict[str, Callable[..., Filter]] = {
     "aif": AdversarialFilter,
     "denoise": partial(PurifyingFilter, input_noise=0.2),
 }
+"""Filters that are one network, which a guard and a file can hold."""
+FILTERS: dict[str, Callable[..., Filter | Februus]] = {
+    **NETWORK_FILTERS,
+    "februus": Februus,
+    "februus-inpaint": partial(Februus, inpaint="telea"),
+}
+"""All of them: Februus asks the classifier about every image."""
 
 
 def filter_name(fitted: InputFilter) -> str:
     """The name in FILTERS of a filter with these losses."""
+    if isinstance(fitted, Februus):
+        return "februus-inpaint" if fitted.inpaint == "telea" else "februus"
     if isinstance(fitted, AdversarialFilter):
         return "aif"
     if not isinstance(fitted, PurifyingFilter):
@@ -48,6 +58,11 @@ def filter_name(fitted: InputFilter) -> str:
 def save_filter(fitted: InputFilter, path: Path) -> Path:
     """Writes one safetensors file, whole or not at all; its metadata hold name, options and image shape."""
     name = filter_name(fitted)
+    if isinstance(fitted, Februus):
+        raise ValueError(
+            f"a {name} filter asks the classifier about every image and is not saved: take one of "
+            f"{', '.join(NETWORK_FILTERS)}, or fit it again from its completion_cache"
+        )
     network = getattr(fitted, "network_", None)
     if network is None:
         raise ValueError(f"the {name} filter is not fitted: call fit() before saving it")
@@ -82,7 +97,7 @@ def load_filter(path: Path) -> Filter:
             name: tuple(value) if isinstance(value, list) else value
             for name, value in card["options"].items()
         }
-        fitted = FILTERS[card["name"]](**options)
+        fitted = NETWORK_FILTERS[card["name"]](**options)
         fitted.network_ = _network(fitted.network, card["image_shape"], weights)
         if isinstance(fitted, PurifyingFilter):
             fitted.kl_weight_ = float(card["kl_weight"])
