@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from pathlib import Path
 
-from unhorse.benchmark.filtering import FilteringSpec, filtering_rows
+from unhorse.benchmark.defending import DefencesSpec, defence_rows
 from unhorse.benchmark.scanning import ScanningSpec, scanning_rows
 from unhorse.benchmark.tables import Row, append_rows
 
@@ -16,18 +16,18 @@ def run_spec(
     """Runs the spec at `path`, with all that it builds below `work`, and appends rows to
     results/<table>.jsonl.
 
-    A spec with a `population` is a table of model scanners, any other one of input filters; `victims` puts
+    A spec with a `population` is a table of model scanners, any other one of defences; `victims` puts
     another victims spec in the place of the one that it names.
     """
     text = tomllib.loads(path.read_text(encoding="utf-8"))
-    table: ScanningSpec | FilteringSpec
+    table: ScanningSpec | DefencesSpec
     if "population" in text:
         if victims is not None:
-            raise ValueError(f"{path} is a table over a population: --victims belongs to tables of filters")
+            raise ValueError(f"{path} is a table over a population: --victims belongs to tables of defences")
         table = ScanningSpec.model_validate(text)
         rows = scanning_rows(table, path.parent, work, workers=workers)
     else:
-        table = FilteringSpec.model_validate(text)
-        rows = filtering_rows(table, victims or path.parent / table.victims, work, workers=workers)
+        table = DefencesSpec.model_validate(text)
+        rows = defence_rows(table, victims or path.parent / table.victims, work, workers=workers)
     append_rows(results / f"{table.table}.jsonl", rows)
     return rows

@@ -1,4 +1,4 @@
-"""A table of filters becomes rows once: tables share victims and fits, and nothing is fitted twice."""
+"""A table of defences becomes rows once: tables share victims and fits, and nothing is fitted twice."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from unhorse.benchmark.filter_trials import measure
+from unhorse.benchmark.defence_trials import measure
 from unhorse.benchmark.run import run_spec
 from unhorse.core import Classifier, Dataset
 from unhorse.monitors.contrast import Contrast
@@ -19,13 +19,13 @@ VICTIMS = """
 name = "tiny-victims"
 dataset = "digits"
 architecture = "small-cnn"
-options = { widths = [4, 8], hidden = 16 }
-data = { source = "digits", images = 400 }
-recipe = { epochs = 2, batch_size = 32, learning_rate = 1e-2 }
+options = { widths = [8, 16], hidden = 32 }
+data = { source = "digits", images = 800 }
+recipe = { epochs = 8, batch_size = 32, learning_rate = 4e-3 }
 filters = { network = "tiny", epochs = 1, held_out = 0.0 }
 victims = [
     {},
-    { attack = { kind = "badnet-plus", target = 0, rate = 0.5 }, label = { size = 2 } },
+    { attack = { kind = "badnet-plus", target = 0, rate = 0.2 }, label = { size = 2 } },
     { attack = { kind = "wanet", mode = "all-target" } },
 ]
 """
@@ -45,13 +45,32 @@ modes = ["single-target", "all-target"]
 methods = [{ name = "none" }, { name = "if" }]
 """
 
+BASELINES = """
+table = "ours-tiny-baselines"
+victims = "victims.toml"
+seeds = [0]
+metrics = ["clean_drop", "trojan_accuracy", "recovery_drop", "anomaly_index", "finding_rate", "target_found",
+    "fnr_at_fpr05", "fpr_at_fpr05"]
+methods = [
+    { name = "pruning", sweep = { clean_drop = [0.01, 0.3] } },
+    { name = "fine-tuning", options = { epochs = 1 } },
+    { name = "strip", options = { overlays = 10 } },
+    { name = "neural-cleanse", options = { steps = 2, samples_per_step = 64 } },
+]
+"""
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("filtering")
-    for name, text in (("victims", VICTIMS), ("filters", FILTERS), ("monitors", MONITORS)):
+    folder = tmp_path_factory.mktemp("defending")
+    for name, text in (
+        ("victims", VICTIMS),
+        ("filters", FILTERS),
+        ("monitors", MONITORS),
+        ("baselines", BASELINES),
+    ):
         (folder / f"{name}.toml").write_text(text)
-    for name in ("filters", "monitors"):
+    for name in ("filters", "monitors", "baselines"):
         run_spec(folder / f"{name}.toml", folder / "work", folder / "results")
     return folder
 
@@ -102,7 +121,7 @@ def test_tables_over_the_same_victims_share_victims_and_fits(place):
 
 
 def test_a_second_run_computes_nothing(place, monkeypatch):
-    monkeypatch.setattr("unhorse.benchmark.filter_trials.FILTERS", {})
+    monkeypatch.setattr("unhorse.benchmark.defence_trials.FILTERS", {})
     before = stored(place, "ours-tiny-filters")
     rows = run_spec(place / "filters.toml", place / "work", place / "again")
     assert [row.value for row in rows] == [row["value"] for row in before]
@@ -121,6 +140,36 @@ def test_victims_may_ask_for_fewer_seeds_and_images_than_a_table(place, tmp_path
     rows = run_spec(place / "filters.toml", tmp_path, tmp_path, victims=scarce)
     assert {row.seed for row in rows} == {2}
     assert {row.options["images"] for row in rows if row.method == "vif"} == {60}
+
+
+def test_a_repair_is_measured_as_a_filter_is_and_takes_no_option_of_one(place):
+    rows = of(stored(place, "ours-tiny-baselines"), method="pruning", attack="badnet-plus")
+    assert {row["metric"] for row in rows} == {"clean_drop", "trojan_accuracy", "recovery_drop"}
+    assert sorted({row["options"]["clean_drop"] for row in rows}) == [0.01, 0.3]
+    assert all("network" not in row["options"] for row in rows)
+    drops = {row["options"]["clean_drop"]: row["value"] for row in rows if row["metric"] == "clean_drop"}
+    assert drops[0.01] <= drops[0.3]
+
+
+def test_a_monitor_is_measured_at_its_rate_of_false_alarms_on_attacked_victims(place):
+    rows = of(stored(place, "ours-tiny-baselines"), method="strip")
+    assert {row["attack"] for row in rows} == {"badnet-plus"}
+    assert {row["metric"] for row in rows} == {"fnr_at_fpr05", "fpr_at_fpr05"}
+    assert all(row["n"] > 100 and 0 <= row["value"] <= 1 for row in rows)
+
+
+def test_verdicts_of_a_scanner_are_counted_over_seeds(place, tmp_path):
+    rows = of(stored(place, "ours-tiny-baselines"), method="neural-cleanse")
+    assert {row["attack"] for row in rows} == {"benign", "badnet-plus"}
+    spec = tmp_path / "spec.toml"
+    spec.write_text(BASELINES.replace("seeds = [0]", "seeds = [0, 1]"))
+    again = run_spec(spec, place / "work", tmp_path, victims=place / "victims.toml")
+    several = [row for row in again if row.method == "neural-cleanse" and row.attack == "benign"]
+    indices = [row.value for row in several if row.metric == "anomaly_index"]
+    (rate,) = [row for row in several if row.metric == "finding_rate"]
+    assert len(indices) == rate.n == 2
+    assert rate.value == sum(index > 2 for index in indices) / 2
+    assert rate.ci95 is not None and rate.ci95[0] <= rate.value <= rate.ci95[1]
 
 
 def test_attacks_that_the_victims_lack_are_refused(place, tmp_path):

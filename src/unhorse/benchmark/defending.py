@@ -1,4 +1,4 @@
-"""Tables of input filters: a spec names victims, methods and metrics; its trials become rows."""
+"""Tables of defences: a spec names victims, methods and metrics; its trials become rows."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ from typing import Any
 
 from pydantic import Field
 
-from unhorse.benchmark.filter_trials import FilterTrial, VictimArm, VictimsSpec, VictimTrial
+from unhorse.benchmark.defence_trials import DefenceTrial
 from unhorse.benchmark.tables import Row
 from unhorse.benchmark.trials import run_trials
+from unhorse.benchmark.victim_trials import VictimArm, VictimsSpec, VictimTrial
+from unhorse.filters.registry import NETWORK_FILTERS
+from unhorse.metrics import wilson_interval
 from unhorse.victims import Spec, load_victim
 
 OF_THE_MONITOR = {"fpr", "fnr", "auroc"}
+COUNTED = {"finding_rate", "target_found"}
 OF_BENIGN_VICTIMS = {"clean_accuracy", "clean_drop", "fpr"}
 
 
 class MethodSpec(Spec):
-    """A filter and its options, or "none" (the victim itself), or a "synthesis-..." analysis; `sweep` tries
-    every combination of its values. `images` limits the clean images, `seeds` the seeds of the table.
+    """A defence and its options, or "none" (the victim itself), or a "synthesis-..."
+    analysis; `sweep` tries every combination of its values. `images` limits the clean images, `seeds` the
+    seeds of the table.
     """
 
     name: str
@@ -41,7 +46,7 @@ class MethodSpec(Spec):
             yield images, options
 
 
-class FilteringSpec(Spec):
+class DefencesSpec(Spec):
     """One table; `victims` is a victims spec, its path relative to this one, `only` some of its attacks."""
 
     table: str
@@ -56,7 +61,7 @@ class FilteringSpec(Spec):
         return arm.mode in {None, *self.modes} and (not self.only or arm.attack_name in self.only)
 
 
-def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: int = 1) -> list[Row]:
+def defence_rows(spec: DefencesSpec, victims: Path, work: Path, *, workers: int = 1) -> list[Row]:
     """Trains the victims that are missing below `work`, fits the filters that are missing, and returns the
     rows of the table. Tables over the same victims share what they have in common.
     """
@@ -68,7 +73,7 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
     trained = [VictimTrial(cast, arm, seed, place) for seed in cast.seeds or spec.seeds for arm in arms]
     undefended = run_trials(trained, results, workers=workers)
     fits = [
-        FilterTrial(
+        DefenceTrial(
             victim, method.name, _options(cast, method.name, options), images or cast.clean_images, results
         )
         for victim in trained
@@ -81,17 +86,16 @@ def filtering_rows(spec: FilteringSpec, victims: Path, work: Path, *, workers: i
     for victim, outcome in zip(trained, undefended, strict=True):
         rows += _victim_rows(spec, victim, outcome)
     for trial, outcome in zip(fits, outcomes, strict=True):
-        rows += _filter_rows(spec, trial, outcome)
-    return rows
+        rows += _method_rows(spec, trial, outcome)
+    return [*(row for row in rows if row.metric not in COUNTED), *_counted(rows)]
 
 
 def _options(cast: VictimsSpec, method: str, options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    if method.startswith("synthesis-"):  # not a filter
-        return tuple(sorted(options.items()))
-    return tuple(sorted((cast.filters | cast.filters_of.get(method, {}) | options).items()))
+    known = cast.filters if method in NETWORK_FILTERS else {}
+    return tuple(sorted((known | cast.options_of.get(method, {}) | options).items()))
 
 
-def _shared(spec: FilteringSpec, victim: VictimTrial, outcome: dict[str, Any]) -> dict[str, Any]:
+def _shared(spec: DefencesSpec, victim: VictimTrial, outcome: dict[str, Any]) -> dict[str, Any]:
     return {
         "table": spec.table,
         "dataset": victim.spec.dataset,
@@ -104,7 +108,7 @@ def _shared(spec: FilteringSpec, victim: VictimTrial, outcome: dict[str, Any]) -
     }
 
 
-def _victim_rows(spec: FilteringSpec, victim: VictimTrial, outcome: dict[str, Any]) -> Iterator[Row]:
+def _victim_rows(spec: DefencesSpec, victim: VictimTrial, outcome: dict[str, Any]) -> Iterator[Row]:
     """Rows of the undefended victim, if asked for, and of chance."""
     shared = _shared(spec, victim, outcome)
     label = dict(victim.arm.label)
@@ -127,7 +131,7 @@ def _victim_rows(spec: FilteringSpec, victim: VictimTrial, outcome: dict[str, An
             yield Row(**shared, split="d-test", method="chance", options=label, metric=metric, **numbers)
 
 
-def _filter_rows(spec: FilteringSpec, trial: FilterTrial, outcome: dict[str, Any]) -> Iterator[Row]:
+def _method_rows(spec: DefencesSpec, trial: DefenceTrial, outcome: dict[str, Any]) -> Iterator[Row]:
     shared = _shared(spec, trial.victim, outcome)
     options = dict(trial.options) | trial.victim.arm.label
     if trial.images is not None:
@@ -136,3 +140,22 @@ def _filter_rows(spec: FilteringSpec, trial: FilterTrial, outcome: dict[str, Any
         method = f"{trial.method}-contrast" if metric in OF_THE_MONITOR else trial.method
         numbers = outcome["measured"][metric]
         yield Row(**shared, split="d-test", method=method, options=options, metric=metric, **numbers)
+
+
+def _counted(rows: list[Row]) -> Iterator[Row]:
+    """Verdicts on one victim per seed, 0 or 1, as one share of the victims with its interval."""
+    cells: dict[object, list[Row]] = {}
+    for row in rows:
+        if row.metric in COUNTED:
+            cells.setdefault(row.cell, []).append(row)
+    for several in cells.values():
+        n, hits = len(several), round(sum(row.value for row in several))
+        yield several[0].model_copy(
+            update={
+                "value": hits / n,
+                "ci95": wilson_interval(hits, n),
+                "n": n,
+                "dirty": any(row.dirty for row in several),
+                "seconds": round(sum(row.seconds for row in several), 2),
+            }
+        )

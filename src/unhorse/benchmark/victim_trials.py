@@ -1,6 +1,4 @@
-"""The trials behind tables of input filters: a victim is trained, a filter is fitted on clean images, and
-truth meets prediction here.
-"""
+"""The victims of a table: trained once into folders, and measured undefended."""
 
 from __future__ import annotations
 
@@ -12,18 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import Field
 
-from unhorse.benchmark.synthesis import HELD_OUT, measure_synthesis
 from unhorse.benchmark.trials import chosen_device, provenance
-from unhorse.core import Attack, Dataset
-from unhorse.datasets import load_dataset, split_dataset, subset
-from unhorse.filters.registry import FILTERS
+from unhorse.core import Dataset
+from unhorse.datasets import load_dataset, split_dataset
 from unhorse.metrics import accuracy, wilson_interval
 from unhorse.models.training import Recipe
-from unhorse.monitors.contrast import Contrast
-from unhorse.monitors.rates import TrojanImages, contrast_rates
 from unhorse.victims import (
     AttackSpec,
     DataSpec,
@@ -54,11 +47,11 @@ class VictimArm(Spec):
 
 
 class VictimsSpec(Spec):
-    """The victims of a table: data, architecture, schedule, attacks, and the filters' options on that data
-    (`filters`, and by method `filters_of`).
+    """The victims of a table: data, architecture, schedule, attacks, and the defences' options on that data
+    (`filters` for those that are networks, and by method `options_of`).
 
     The test split is divided by each seed into D_val (`clean_share`, what a defender has) and D_test; a
-    filter gets `clean_images` of D_val, or all. `seeds` replaces those of the tables.
+    defence gets `clean_images` of D_val, or all. `seeds` replaces those of the tables.
     """
 
     name: str
@@ -73,7 +66,7 @@ class VictimsSpec(Spec):
     clean_images: int | None = None
     seeds: tuple[int, ...] | None = None
     filters: dict[str, Any] = Field(default_factory=dict)
-    filters_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    options_of: dict[str, dict[str, Any]] = Field(default_factory=dict)
     victims: tuple[VictimArm, ...]
 
     @staticmethod
@@ -93,7 +86,7 @@ class VictimsSpec(Spec):
         )
 
 
-def _hash(*parts: object) -> str:
+def hashed(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
@@ -101,7 +94,7 @@ def _whole_test(data: DataSpec) -> Dataset:
     return load_dataset(data.source, data.test, size=data.size)
 
 
-def _clean_and_test(spec: VictimsSpec, seed: int) -> tuple[Dataset, Dataset]:
+def clean_and_test(spec: VictimsSpec, seed: int) -> tuple[Dataset, Dataset]:
     """(D_val, D_test): seeded parts of the test split."""
     shares = (spec.clean_share, 1 - spec.clean_share)
     clean, test = split_dataset(_whole_test(spec.data), shares, seed=seed)
@@ -121,11 +114,11 @@ class VictimTrial:
     def folder(self) -> Path:
         words = [self.arm.attack_name, self.arm.mode, *self.arm.label.values(), self.seed]
         said = "-".join(str(word) for word in words if word is not None)
-        return self.place / f"{said}-{_hash(self._victim.model_dump(mode='json'))}"
+        return self.place / f"{said}-{hashed(self._victim.model_dump(mode='json'))}"
 
     @property
     def name(self) -> str:
-        return f"victim-{self.folder.name}-{_hash(self.spec.clean_share)}.json"
+        return f"victim-{self.folder.name}-{hashed(self.spec.clean_share)}.json"
 
     @property
     def _victim(self) -> VictimSpec:
@@ -141,7 +134,7 @@ class VictimTrial:
             )
         victim = load_victim(self.folder)
         victim.model.to(chosen_device())
-        parts = {"test": _whole_test(self.spec.data), "d-test": _clean_and_test(self.spec, self.seed)[1]}
+        parts = {"test": _whole_test(self.spec.data), "d-test": clean_and_test(self.spec, self.seed)[1]}
         found = {split: _undefended(victim, data, self.seed) for split, data in parts.items()}
         return {"splits": found, "seconds": time.monotonic() - started, "provenance": origin}
 
@@ -155,82 +148,6 @@ def _undefended(victim: Victim, data: Dataset, seed: int) -> dict[str, Any]:
     for metric, value in attack_metrics(victim.model, data, victim.attack, seed=seed).items():
         found[metric] = _rate(value, eligible if metric == "trojan_accuracy" else len(data))
     return found
-
-
-@dataclass(frozen=True)
-class FilterTrial:
-    """Fits one filter on clean images of one victim, and measures it on D_test."""
-
-    victim: VictimTrial
-    method: str
-    options: tuple[tuple[str, Any], ...]
-    images: int | None
-    results: Path
-
-    @property
-    def name(self) -> str:
-        said = f"{self.method}-{self.victim.folder.name}"
-        return f"{said}-{_hash(self.options, self.images, self.victim.spec.clean_share)}.json"
-
-    def __call__(self) -> dict[str, Any]:
-        started, origin = time.monotonic(), provenance()
-        spec, seed = self.victim.spec, self.victim.seed
-        victim = load_victim(self.victim.folder)
-        victim.model.to(chosen_device())
-        clean, test = _clean_and_test(spec, seed)
-        if self.images is not None:
-            clean = subset(clean, self.images, seed=seed)
-        if self.method.startswith("synthesis-"):
-            found = self._synthesis(victim, test)
-        else:
-            fitted = FILTERS[self.method](**{"seed": seed, **dict(self.options)})
-            self.results.mkdir(parents=True, exist_ok=True)
-            fitted.fit(victim.model, clean, checkpoint=self.results / f".{self.name}.fitting")
-            monitor = Contrast(fitted).fit(victim.model, clean)
-            found = measure(monitor, test, victim.attack, seed=seed)
-        return {"measured": found, "seconds": time.monotonic() - started, "provenance": origin}
-
-    def _synthesis(self, victim: Victim, test: Dataset) -> dict[str, Any]:
-        assert victim.attack is not None
-        target = int(victim.attack.relabel(torch.zeros(1, dtype=torch.long)))
-        found = measure_synthesis(
-            victim.model,
-            test,
-            target,
-            variant=self.method.removeprefix("synthesis-"),  # type: ignore[arg-type]
-            seed=self.victim.seed,
-            **dict(self.options),
-        )
-        return {metric: {"value": value, "ci95": None, "n": HELD_OUT} for metric, value in found.items()}
-
-
-def measure(monitor: Contrast, test: Dataset, attack: Attack | None, *, seed: int) -> dict[str, Any]:
-    """The metrics of Do et al. (ECCV 2022), Sec. 5.2, of a fitted filter on D_test: clean drop, Trojan
-    accuracy, recovery drop, and the rates of the monitor with the hard rule.
-    """
-    trojaned = None
-    if attack is not None:
-        assert test.labels is not None
-        device, rng = monitor.model_.mean.device, torch.Generator().manual_seed(seed)
-        trigger = attack.probes()["trojan"]
-        with torch.inference_mode():
-            stamped = torch.cat([trigger(images, rng).cpu() for images, _ in test.batches(1000, device)])
-        wanted, eligible = attack.relabel(test.labels), attack.eligible(test.labels)
-        trojaned = TrojanImages(stamped, test.labels, wanted, eligible)
-    rates = contrast_rates(monitor, test, trojaned)
-    found = {
-        "clean_drop": rates.clean_drop,
-        "trojan_accuracy": rates.trojan_accuracy,
-        "recovery_drop": rates.recovery_drop,
-        "fpr": rates.fpr_hard,
-        "fnr": rates.fnr_hard,
-        "auroc": rates.auroc,
-    }
-    return {
-        metric: {"value": rate.value, "ci95": (rate.low, rate.high), "n": rate.n}
-        for metric, rate in found.items()
-        if rate is not None
-    }
 
 
 def _rate(value: float, n: int) -> dict[str, Any]:
