@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from unhorse.benchmark.findings import finding_of
 from unhorse.benchmark.synthesis import HELD_OUT, measure_synthesis
 from unhorse.benchmark.trials import chosen_device, provenance
 from unhorse.benchmark.victim_trials import VictimTrial, clean_and_test, hashed
@@ -128,9 +129,11 @@ def measure(monitor: Contrast, test: Dataset, attack: Attack | None, *, seed: in
 def _repair(method: str, case: Case) -> Measured:
     """The same metrics of a repaired copy. A repair that needs a finding gets that of Neural Cleanse."""
     model, attack = case.victim.model, case.victim.attack
-    finding = None
-    if method in NEEDS_FINDING:
-        finding = replace(NEURAL_CLEANSE["neural-cleanse"], seed=case.seed).scan(model, case.clean)
+    finding = (
+        finding_of(case.victim.model, case.clean, case.checkpoint.parent, seed=case.seed)
+        if method in NEEDS_FINDING
+        else None
+    )
     made: Any = REPAIRS[method](**case.seeded)
     repaired = made(model, case.clean, finding, checkpoint=case.checkpoint).model
     trojaned = None
@@ -148,11 +151,14 @@ def _monitor(method: str, case: Case) -> Measured:
         return {}
     order = torch.randperm(len(case.clean), generator=torch.Generator().manual_seed(case.seed))
     fitting, calibration = (case.clean[half] for half in order.chunk(2))
-    finding = None
-    if method == "neurons":
-        finding = replace(NEURAL_CLEANSE["neural-cleanse"], seed=case.seed).scan(model, fitting)
     monitor: Any = MONITORS[method](**case.seeded)
-    monitor.fit(model, fitting, finding)
+    monitor.fit(
+        model,
+        fitting,
+        finding_of(case.victim.model, case.clean, case.checkpoint.parent, seed=case.seed)
+        if method == "neurons"
+        else None,
+    )
     clean = subset(case.test, min(JUDGED, len(case.test)), seed=case.seed)
     trojaned = trojan_images(attack, clean, seed=case.seed, device=model.mean.device)
     quiet = monitor.score(clean.images).cpu()
