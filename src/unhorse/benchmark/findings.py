@@ -11,6 +11,7 @@ from typing import Any
 
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from unhorse.core import Classifier, Dataset, ReconstructedTrigger, ScanResult, Verdict
 from unhorse.models.classifier import weights_hash
@@ -38,7 +39,7 @@ def finding_of(model: Classifier, clean: Dataset, folder: Path, *, seed: int) ->
 
 def write_finding(found: ScanResult, path: Path) -> None:
     """Verdict, scores and triggers, whole or not at all; neither pictures nor facts."""
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for label, trigger in found.triggers.items():
         tensors |= {f"{label}.mask": trigger.mask, f"{label}.pattern": trigger.pattern}
     card = {name: getattr(found, name) for name in KEPT}

@@ -105,7 +105,8 @@ class AttentionDistillation:
         clean, warnings = labelled(model, clean, least=MINIMUM_IMAGES)
         recipe, teaching = fitting(recipe, len(clean)), fitting(teaching, len(clean))
         stages = convolution_stages(model)[-len(self.betas) :]
-        teacher = _taught(model, clean, teaching, self.seed, checkpoint, on_epoch)
+        # a seed of its own: over the teacher's batches in its order the student would only repeat its steps
+        teacher = _taught(model, clean, teaching, self.seed + 1, checkpoint, on_epoch)
         student = trainable_copy(model)
         curve = self._distil(student, teacher, clean, stages, recipe, checkpoint, on_epoch)
         facts, costs = outcome(model, settled(student), clean)
