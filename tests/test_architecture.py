@@ -16,8 +16,8 @@ FOREIGN = {"torchvision", "timm", "torchmetrics"}
 
 # files that belong to the unit of another file
 PARTS = {
-    **{"image_files": "datasets", "inputs": "metrics", "victims": "zoo"},
-    **{"exhibits": "report", "wording": "report", "guard_report": "report"},
+    **{"image_files": "datasets", "inputs": "metrics", "rates": "metrics", "victims": "zoo"},
+    **{"exhibits": "report", "wording": "report", "guard_report": "report", "repair_report": "report"},
     **{"survey": "cli", "demo": "cli"},
 }
 DEFENCE = {"core", "triggers", "metrics", "models"}

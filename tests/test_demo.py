@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unhorse.core import ScanResult, Verdict
-from unhorse.demo import ATTACK, PASSED, RECIPE, guard_victim, run_demo
+from unhorse.demo import ATTACK, LEFT, PASSED, RECIPE, guard_victim, repair_victim, run_demo
 from unhorse.models.classifier import load_classifier
 from unhorse.scanners.activation_outlier import EFFORTS
 from unhorse.victims import VictimSpec, save_victim, train_victim
@@ -60,12 +60,35 @@ def test_the_demonstration_finds_its_trojan_and_writes_the_page(tmp_path, capsys
     out = capsys.readouterr()
     assert out.out.strip() == str(tmp_path / "demo" / "report.html")
     assert "found" in out.err and "NOT" not in out.err
-    (guard,) = json.loads((tmp_path / "demo" / "report.json").read_text())["guards"]
+    document = json.loads((tmp_path / "demo" / "report.json").read_text())
+    (guard,), (repaired,) = document["guards"], document["repairs"]
     measures = {name: found and found["value"] for name, found in guard["measures"].items()}
     assert measures["trojan_accuracy_before"] > 0.95
     assert measures["trojan_accuracy"] < 0.05 and measures["trojan_passed"] < 0.05
     assert measures["clean_drop"] < 0.03 and measures["recovery_drop"] < 0.1
     assert "GUARDED" in page
+    changes = repaired["measures"]
+    assert changes["trojan_accuracy"]["before"]["value"] > 0.95 > LEFT
+    assert changes["trojan_accuracy"]["after"]["value"] <= LEFT
+    assert changes["clean_accuracy"]["drop"]["value"] < 0.03
+    assert changes["recovery_accuracy"]["after"]["value"] > 0.85
+    assert repaired["after"]["verdict"] == "NO SIGN FOUND"
+    assert "Entropy under blending" in page and "STRIP (Gao et al., ACSAC 2019) would stop" in page
+    assert "repaired by unlearning: Trojan accuracy 100.0%" in out.err
+    assert load_classifier(tmp_path / "demo" / "repaired").num_classes == 10
+
+
+@pytest.mark.timeout(600)
+def test_the_demonstrations_repair_removes_triggers_of_other_seeds(tmp_path):
+    left, drops = [], []
+    for seed in range(1, 6):
+        model, attack, card = train_victim(VictimSpec(recipe=RECIPE, attack=ATTACK, seed=seed))
+        victim = save_victim(tmp_path / f"victim-{seed}", model, attack, card)
+        changes = repair_victim(victim, tmp_path / f"repaired-{seed}", seed=seed).measures
+        left.append(changes["trojan_accuracy"].after.value)
+        drops.append(changes["clean_accuracy"].drop.value)
+    assert max(left) <= LEFT
+    assert sum(drops) / len(drops) < 0.03
 
 
 @pytest.mark.timeout(600)

@@ -30,6 +30,8 @@ from unhorse.core import (
 )
 from unhorse.exhibits import ACCENT, FRAME, axis, contact_sheet, evidence
 from unhorse.guard_report import MEASURES, Estimate, GuardedModel
+from unhorse.repair_report import MEASURES as CHANGES
+from unhorse.repair_report import Change, RepairedModel, summary
 from unhorse.report import (
     Report,
     ScannedModel,
@@ -97,6 +99,33 @@ def guarded(*measured: str, **changes) -> GuardedModel:
         "measures": {name: Estimate(0.125, 0.0625, 0.25, 1199) for name in measured},
     }
     return GuardedModel(**(found | changes))
+
+
+def repaired(*measured: str, **changes) -> RepairedModel:
+    """A repair of which those changes are known."""
+    drop = Change(
+        Estimate(0.875, 0.75, 0.9375, 90), Estimate(0.125, 0.0625, 0.25, 90), Estimate(0.75, 0.5, 0.8, 90)
+    )
+    agreement = Change(None, drop.after, None)
+    found = {
+        "path": "model.safetensors",
+        "folder": "cured",
+        "sha256": "ab" * 32,
+        "repaired_sha256": "cd" * 32,
+        "image_shape": (1, 8, 8),
+        "class_names": NAMES,
+        "method": "fine-pruning",
+        "options": {"clean_drop": 0.1, "fine_tune_epochs": 20},
+        "facts": {"channels_pruned": 7},
+        "before": ScanResult(Verdict.INFECTED, "outlier", score=7.0, threshold=3.0, target=1),
+        "after": ScanResult(Verdict.NO_SIGN_FOUND, "outlier", score=math.nan, threshold=3.0),
+        "target": 1,
+        "trigger_found_by": "outlier",
+        "repaired_on": 210,
+        "held_out": 90,
+        "measures": {name: agreement if name == "agreement" else drop for name in measured},
+    }
+    return RepairedModel(**(found | changes))
 
 
 def page(*models: ScannedModel) -> str:
@@ -390,6 +419,101 @@ def test_the_terminal_shows_a_guards_measures():
     assert re.search(r"Trojan accuracy, alarms and recovery +not measured", text)
     assert "few images" in text and "4.0% [2.0, 9.0] of 120 clean images alarm" in text
     assert "verdict" not in text
+
+
+# --- repairs
+
+
+def test_json_of_repairs_follows_the_schema_and_what_was_not_measured_is_null():
+    report = Report(
+        (infected(),), repairs=(repaired("agreement"), repaired(*CHANGES, before=None, target=None))
+    )
+    document = json.loads(dumps(report))
+    jsonschema.validate(document, SCHEMA)
+    some, all_of_them = document["repairs"]
+    assert some["measures"]["agreement"]["after"] == {"value": 0.125, "low": 0.0625, "high": 0.25, "n": 90}
+    assert some["measures"]["agreement"]["before"] is None and some["measures"]["trojan_accuracy"] is None
+    assert set(some["measures"]) == set(CHANGES) and None not in all_of_them["measures"].values()
+    assert (some["before"]["verdict"], some["after"]["verdict"]) == ("INFECTED", "NO SIGN FOUND")
+    assert some["before"]["target"] == some["target"] == {"index": 1, "name": "dog"}
+    assert some["after"]["score"] is None and all_of_them["before"] is None and all_of_them["target"] is None
+    assert some["method"] == {"name": "fine-pruning", "options": {"clean_drop": 0.1, "fine_tune_epochs": 20}}
+    assert "repairs" not in to_json(Report((infected(),)))
+
+
+def test_the_page_of_a_repair_states_both_verdicts_and_what_changed():
+    curve = Curve("Clean accuracy while pruning", {"a": ((0, 1), (1.0, 0.5))})
+    html = to_html(Report(repairs=(repaired(*CHANGES, exhibits=(curve,), warnings=("few images",)),)))
+    for words in (
+        "<strong>INFECTED → NO SIGN FOUND</strong>",
+        "does not prove that there is none",
+        "repaired by fine-pruning",
+        "87.5% [75.0, 93.8]",
+        "12.5% [6.2, 25.0]",
+        "75.0% [50.0, 80.0]",
+        "towards dog, found by outlier",
+        "Clean accuracy while pruning",
+        "another trigger may still work",
+        "few images",
+        "channels_pruned",
+        "None of them means that a model is safe",
+    ):
+        assert words in html, words
+    assert html.count('class="no-sign-found"') == 1 and "not measured" not in html.replace(
+        "<dd><bdi>not m", ""
+    )
+    assert "No model was found" not in html and "Trojan scan of" not in html and "1 repaired model" in html
+
+
+def test_the_page_of_a_repair_says_what_is_not_known():
+    html = to_html(
+        Report(repairs=(repaired("agreement", after=ScanResult(Verdict.INFECTED, "outlier"), target=None),))
+    )
+    assert "INFECTED → INFECTED" in html and 'class="infected"' in html
+    assert "whether an attack still works is not known" in html and html.count("not measured") >= 6
+
+
+def test_repairs_come_last_and_draw_their_exhibits():
+    grid = ImageGrid("pairs", torch.rand(4, 1, 8, 8), ("a", "b", "c", "d"))
+    done = (guarded("fpr"),), (repaired("agreement", exhibits=(grid,)),)
+    html = to_html(Report((infected(),), guards=done[0], repairs=done[1]))
+    places = [html.index(words) for words in ("<strong>INFECTED<", "<strong>GUARDED", "<strong>INFECTED →")]
+    assert places == sorted(places)
+    assert "repair-sheet-1-1" in html and len(pictures(html)) == 2
+    assert "Trojan scan of 1 model, 1 guarded model, 1 repaired model" in html
+
+
+def test_markup_in_a_repairs_names_is_inert():
+    evil = '<script>alert(1)</script><img src="https://evil.example/x">'
+    names = {"path": evil, "folder": evil, "clean_images": evil, "method": evil, "trigger_found_by": evil}
+    texts = {"warnings": (evil,), "assumptions": (evil,), "options": {evil: evil}, "facts": {evil: (evil,)}}
+    grid = ImageGrid(evil, torch.rand(1, 1, 8, 8), (evil,), note=evil)
+    html = to_html(
+        Report(repairs=(repaired(*CHANGES, class_names=(evil,) * 3, exhibits=(grid,), **names, **texts),))
+    )
+    tags = Tags()
+    tags.feed(html)
+    assert html.count("&lt;script&gt;") >= 12 and not tags.names & {"script", "img"}
+    assert "https://evil.example" in html and not any("evil" in link for link in tags.links)
+
+
+def test_the_terminal_shows_a_repair_within_80_columns():
+    console = Console(width=80, file=io.StringIO())
+    console.print(to_terminal(Report(repairs=(repaired(*CHANGES, warnings=("few images",)),))))
+    text = console.file.getvalue()
+    assert re.search(r"verdict +INFECTED +NO SIGN FOUND", text)
+    assert re.search(r"Trojan accuracy +87.5% +12.5% \[6.2, 25.0\] +75.0% \[50.0, 80.0\]", text)
+    assert re.search(r"trigger +towards dog, found by outlier", text) and "few images" in text
+    assert "score / threshold" not in text
+    console.print(to_terminal(Report(repairs=(repaired("agreement"),))))
+    assert re.search(r"Trojan accuracy +not measured +not measured", console.file.getvalue())
+
+
+def test_a_repair_is_summed_up_in_a_line():
+    assert summary(repaired(*CHANGES)) == (
+        "repaired by fine-pruning: Trojan accuracy 87.5% -> 12.5%, reversed trigger 87.5% -> 12.5%, clean "
+        "drop 75.0% [50.0, 80.0]"
+    )
 
 
 # --- exhibits

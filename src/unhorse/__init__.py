@@ -6,13 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from unhorse.core import Classifier, Dataset, ScanResult, Verdict
+    from unhorse.core import Classifier, Dataset, RepairResult, ScanResult, Verdict
     from unhorse.datasets import load_dataset
     from unhorse.filters.registry import FILTERS
     from unhorse.loading import LoadFailed, LoadRefused, load_model
     from unhorse.monitors.contrast import Contrast
     from unhorse.monitors.guard import Guard, load_guard
+    from unhorse.monitors.strip import Strip
+    from unhorse.repairs.registry import REPAIRS
     from unhorse.scanners.activation_outlier import ActivationOutlier
+    from unhorse.scanners.neural_cleanse import NeuralCleanse
     from unhorse.scanners.signature_scanner import SignatureScanner
     from unhorse.scanners.signatures import compute_signature
     from unhorse.victims import load_victim
@@ -20,34 +23,43 @@ if TYPE_CHECKING:
 __all__ = [
     "ActivationOutlier",
     "FILTERS",
+    "REPAIRS",
     "Classifier",
     "Contrast",
     "Dataset",
     "Guard",
     "LoadFailed",
     "LoadRefused",
+    "NeuralCleanse",
+    "RepairResult",
     "ScanResult",
     "SignatureScanner",
+    "Strip",
     "Verdict",
     "compute_signature",
     "load_dataset",
     "load_guard",
     "load_model",
     "load_victim",
+    "repair",
     "scan",
 ]
 
 _HOMES = {
     "ActivationOutlier": "unhorse.scanners.activation_outlier",
     "FILTERS": "unhorse.filters.registry",
+    "REPAIRS": "unhorse.repairs.registry",
     "Classifier": "unhorse.core",
     "Contrast": "unhorse.monitors.contrast",
     "Dataset": "unhorse.core",
     "Guard": "unhorse.monitors.guard",
     "LoadFailed": "unhorse.loading",
     "LoadRefused": "unhorse.loading",
+    "NeuralCleanse": "unhorse.scanners.neural_cleanse",
+    "RepairResult": "unhorse.core",
     "ScanResult": "unhorse.core",
     "SignatureScanner": "unhorse.scanners.signature_scanner",
+    "Strip": "unhorse.monitors.strip",
     "Verdict": "unhorse.core",
     "compute_signature": "unhorse.scanners.signatures",
     "load_dataset": "unhorse.datasets",
@@ -69,6 +81,24 @@ def scan(
     from unhorse.scanners.activation_outlier import EFFORTS
 
     return replace(EFFORTS[effort], seed=seed).scan(model, clean)
+
+
+def repair(
+    model: Classifier,
+    clean: Dataset,
+    method: str = "unlearning",
+    finding: ScanResult | None = None,
+    **options: Any,
+) -> RepairResult:
+    """A cured copy of a classifier, by one of REPAIRS with its `options`; some need a `finding`.
+
+    >>> cured = unhorse.repair(model, clean, finding=unhorse.scan(model, clean)).model
+    """
+    from unhorse.repairs.registry import REPAIRS
+
+    if method not in REPAIRS:
+        raise ValueError(f"unknown method {method!r}: take one of {', '.join(REPAIRS)}")
+    return REPAIRS[method](**options)(model, clean, finding)
 
 
 def __getattr__(name: str) -> Any:

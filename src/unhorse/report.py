@@ -21,6 +21,7 @@ from rich.text import Text
 from unhorse.core import ImageGrid, ScanResult, Verdict
 from unhorse.exhibits import PICTURE_BYTES, axis, bins, class_name, contact_sheet, evidence, points, tallest
 from unhorse.guard_report import POLICIES, GuardedModel, guard_json, guard_terminal
+from unhorse.repair_report import RepairedModel, repair_json, repair_terminal
 from unhorse.wording import (
     FAILED,
     MEANING,
@@ -84,8 +85,8 @@ class ScannedModel:
 
 @dataclass(frozen=True)
 class Report:
-    """All models and guards of one command (argv); `environment`: versions, device, seed ...; `created`: ISO
-    8601.
+    """All models, guards and repairs of one command (argv); `environment`: versions, device, seed ...;
+    `created`: ISO 8601.
     """
 
     models: tuple[ScannedModel, ...] = ()
@@ -93,6 +94,7 @@ class Report:
     environment: Mapping[str, object] = field(default_factory=dict)
     created: str = ""
     guards: tuple[GuardedModel, ...] = ()
+    repairs: tuple[RepairedModel, ...] = ()
 
 
 def exit_code(report: Report, fail_on: str = Severity.MEDIUM) -> int:
@@ -144,7 +146,8 @@ def to_json(report: Report) -> dict[str, object]:
         "summary": {verdict: counts[verdict] for verdict in ORDER},
         "models": [_model_json(model) for model in report.models],
     }
-    return document | ({"guards": [guard_json(guard) for guard in report.guards]} if report.guards else {})
+    guards, repairs = [guard_json(guard) for guard in report.guards], [*map(repair_json, report.repairs)]
+    return document | ({"guards": guards} if guards else {}) | ({"repairs": repairs} if repairs else {})
 
 
 def _model_json(model: ScannedModel) -> dict[str, object]:
@@ -212,6 +215,7 @@ def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> st
         for model in models[:detailed]
     ]
     drawn = [exhibits for _, exhibits in shown] + [guard.exhibits for guard in report.guards]
+    drawn += [repaired.exhibits for repaired in report.repairs]
     grids = sum(isinstance(exhibit, ImageGrid) for exhibits in drawn for exhibit in exhibits)
     budget = PICTURE_BYTES // max(1, grids)
     environment = jinja2.Environment(
@@ -249,9 +253,9 @@ def _prose(text: object) -> str:
 
 def to_terminal(report: Report) -> RenderableType:
     """A rich table with one row per model; below it what each model's owner should know and do."""
-    guards = [guard_terminal(guard) for guard in report.guards]
-    if guards and not report.models:
-        return Group(*guards)
+    others = [*map(guard_terminal, report.guards), *map(repair_terminal, report.repairs)]
+    if others and not report.models:
+        return Group(*others)
     table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")
     table.add_column("verdict", no_wrap=True)
@@ -259,7 +263,7 @@ def to_terminal(report: Report) -> RenderableType:
         table.add_column(column, justify="left" if column == "target" else "right", overflow="fold")
     for model in report.models:
         table.add_row(*_terminal_row(model))
-    return Group(table, *(part for model in report.models for part in _terminal_notes(model)), *guards)
+    return Group(table, *(part for model in report.models for part in _terminal_notes(model)), *others)
 
 
 def _terminal_row(model: ScannedModel) -> list[Text]:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from unhorse import jobs
-from unhorse.core import Classifier, Dataset, ModelScanner, Reference
+from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResult
 from unhorse.datasets import load_dataset
 from unhorse.image_files import read_parquet
 from unhorse.jobs import say
@@ -24,18 +24,28 @@ from unhorse.loading import LoadFailed, LoadRefused, load_model
 from unhorse.models.classifier import weights_hash
 from unhorse.report import Report, ScannedModel
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
+from unhorse.scanners.neural_cleanse import NeuralCleanse
 from unhorse.scanners.signature_scanner import SignatureScanner
 
+OUTLIER, NEURAL_CLEANSE = "activation-outlier", "neural-cleanse"
+INTERVAL = 10.0
+"""Seconds between lines of progress."""
+CLEANSE_EFFORTS = {
+    "quick": NeuralCleanse(samples_per_step=256),
+    "standard": NeuralCleanse(),
+    "deep": NeuralCleanse(repeats=3),
+}
 MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Request:
-    """How models are to be scanned. `loading` holds arguments of load_model; None in it means: as the file
-    says.
+    """How models are to be scanned. `scanner` is the folder of a fitted one, or OUTLIER or NEURAL_CLEANSE.
+
+    `loading` holds arguments of load_model; None in it means: as the file says.
     """
 
-    scanner: Path | None = None
+    scanner: Path | str | None = None
     reference: Path | None = None
     clean: Path | None = None
     effort: str = "standard"
@@ -46,8 +56,11 @@ class Request:
     def __post_init__(self) -> None:
         if self.loading.get("channels") is not None and self.loading.get("image_size") is None:
             raise ValueError("--channels goes with --size: give both")
-        for folder in (self.scanner, self.reference):
-            if folder is not None and not folder.is_dir():
+        if str(self.scanner) == NEURAL_CLEANSE and (self.clean is None or self.reference is not None):
+            raise ValueError(f"{NEURAL_CLEANSE} takes clean images and no reference: give --clean alone")
+        folders = [self.reference, None if str(self.scanner) in (OUTLIER, NEURAL_CLEANSE) else self.scanner]
+        for folder in folders:
+            if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f"there is no folder {folder}")
 
 
@@ -67,12 +80,36 @@ def find_models(paths: Sequence[Path]) -> list[Path]:
 
 
 def make_scanner(request: Request, *, device: torch.device) -> ModelScanner:
-    """The scanner of a request: a fitted one from its folder, else the activation outlier at the requested
-    effort.
-    """
-    if request.scanner is not None:
-        return SignatureScanner.load(request.scanner, device=str(device), cache=cache_folder() / "signatures")
-    return replace(EFFORTS[request.effort], seed=request.seed)
+    """The scanner of a request: by its name at the requested effort, or a fitted one from its folder."""
+    if request.scanner is None or str(request.scanner) == OUTLIER:
+        return replace(EFFORTS[request.effort], seed=request.seed)
+    if str(request.scanner) == NEURAL_CLEANSE:
+        return replace(CLEANSE_EFFORTS[request.effort], seed=request.seed)
+    folder = Path(request.scanner)
+    return SignatureScanner.load(folder, device=str(device), cache=cache_folder() / "signatures")
+
+
+def scan_with(scanner: ModelScanner, model: Classifier, clean: Dataset | None, *, label: str) -> ScanResult:
+    """Scans one model, with a word to who waits on how long it takes; `label` says what is scanned."""
+    if isinstance(scanner, ActivationOutlier):
+        say(f"{label}: about {scanner.estimate(model):.0f} s")
+    if isinstance(scanner, NeuralCleanse):
+        return scanner.scan(model, clean, on_step=_steps(label))
+    return scanner.scan(model, clean)
+
+
+def _steps(label: str) -> Callable[[int, int, str], None]:
+    """Gives a function to call with (steps done, steps at most, words): a line now and then, with an ETA."""
+    started = spoken = time.monotonic()
+
+    def step(done: int, most: int, words: str) -> None:
+        nonlocal spoken
+        now = time.monotonic()
+        if now - spoken >= INTERVAL:
+            spoken, left = now, (now - started) / done * (most - done)
+            say(f"{label}: step {done} of at most {most}, {words}, at most {left:.0f} s left")
+
+    return step
 
 
 def scan_models(
@@ -154,14 +191,13 @@ class _Scan:
         device = choose_device(self.request.device)
         model.to(device)
         scanner = make_scanner(self.request, device=device)
-        if isinstance(scanner, ActivationOutlier):
-            say(f"{self.path}: about {scanner.estimate(model):.0f} s ({self.request.effort})")
         scanner = (
             replace(scanner, reference=self.reference) if isinstance(scanner, ActivationOutlier) else scanner
         )
         if isinstance(scanner, SignatureScanner) and self.reference is not None:
             scanner.reference_ = self.reference
-        result = scanner.scan(model, clean_images(self.request.clean, model))
+        clean = clean_images(self.request.clean, model)
+        result = scan_with(scanner, model, clean, label=f"{self.path} ({self.request.effort})")
         return describe(self.path, model, seconds=time.monotonic() - started, result=result)
 
 

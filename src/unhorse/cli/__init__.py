@@ -12,19 +12,20 @@ from cyclopts import App, CycloptsError, Parameter
 from unhorse.cli.guarding import guard_app
 from unhorse.cli.output import command_line
 from unhorse.cli.populations import benchmark, simulate, zoo_app
+from unhorse.cli.repairing import repair
 from unhorse.cli.scanning import scan, scanner_app
 from unhorse.jobs import say
 
 app = App(
     name="unhorse",
-    help="Find Trojans (backdoors) in image classifiers, and guard those you must run. Exit codes: 0 nothing "
-    "at or above --fail-on, 1 finding, 2 failed, incomplete or undecided, 3 nothing scannable, 4 usage, "
-    "130 interrupted.",
+    help="Find Trojans (backdoors) in image classifiers, guard or repair those you must run. Exit codes: 0 "
+    "nothing at or above --fail-on, 1 finding, 2 failed, incomplete or undecided, 3 nothing scannable, 4 "
+    "usage, 130 interrupted.",
     help_format="markdown",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # run() says what an interruption leaves
 )
-for command in (scan, scanner_app, guard_app, zoo_app, simulate, benchmark):
+for command in (scan, scanner_app, guard_app, repair, zoo_app, simulate, benchmark):
     app.command(command)
 
 
@@ -34,7 +35,7 @@ def demo(
     output: Annotated[Path, Parameter(alias="-o")] = Path("runs/demo"),
     seed: int = 0,
 ) -> int:
-    """Train an infected and a benign digits model, scan both, and write the report."""
+    """Train an infected and a benign digits model, scan both, guard and repair one, and write the report."""
     from unhorse.demo import run_demo
 
     return run_demo(output, seed=seed, command=command_line())

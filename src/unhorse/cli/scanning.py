@@ -24,13 +24,14 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     /,
     *,
     scanner: Annotated[
-        Path | None, Parameter(help="A fitted scanner (`unhorse scanner fit`) to use instead.")
+        Path | None,
+        Parameter(help="neural-cleanse (with --clean), or a fitted scanner's folder (`scanner fit`)."),
     ] = None,
     reference: Annotated[
         Path | None, Parameter(help="A folder of your own benign models: gives a p-value.")
     ] = None,
     clean: Annotated[
-        Path | None, Parameter(help="Clean images (folder or parquet) for the demonstration.")
+        Path | None, Parameter(help="Clean images (folder or parquet) to demonstrate a trigger on.")
     ] = None,
     effort: Annotated[Effort, Parameter(group=COMPUTE, help="How long to search.")] = "standard",
     device: Annotated[str, Parameter(group=COMPUTE)] = "auto",
