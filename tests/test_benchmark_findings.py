@@ -13,7 +13,7 @@ from unhorse.core import ReconstructedTrigger, ScanResult, Verdict
 from unhorse.datasets import load_dataset, subset
 from unhorse.scanners.neural_cleanse import NeuralCleanse
 
-QUICK = NeuralCleanse(steps=3, samples_per_step=64)
+QUICK = NeuralCleanse(steps=3)
 
 
 def test_a_finding_comes_back_from_its_file_as_it_was(tmp_path):

@@ -1,7 +1,7 @@
 """What batching is worth to Neural Cleanse: a class-by-class fp32 loop against all classes at once.
 
 Both search the same triggers with the same draws, prices and stopping rule. `class_by_class` is written as
-one would write it for a single class, with torch's own Adam and gradients; it is the twin that the tests hold
+one would write it for a single class, with torch's own gradients; it is the twin that the tests hold
 the batched search against. MNIST's wanet-cnn, ten classes. Without --victim its weights are random, and no
 class stops early. Run it on an idle machine (or with --cpu-time on one that others share):
 python benchmarks/speed/neural_cleanse.py [--victim FOLDER --data FOLDER]
@@ -26,7 +26,7 @@ from unhorse.benchmark.trials import chosen_device, provenance
 from unhorse.core import Classifier, Images
 from unhorse.models.classifier import load_classifier, new_classifier
 from unhorse.scanners.neural_cleanse import NeuralCleanse
-from unhorse.scanners.optimisation import frozen
+from unhorse.scanners.optimisation import Adam, frozen
 from unhorse.scanners.trigger_inversion import invert
 
 
@@ -50,7 +50,7 @@ def class_by_class(
 def _one_class(model: Classifier, images: Images, settings: NeuralCleanse, seed: int, target: int) -> Found:
     rng, size = torch.Generator().manual_seed(seed), settings.batch_size
     variables = _start(model, settings, rng, target)
-    optimizer = torch.optim.Adam(variables, settings.learning_rate, betas=(0.5, 0.9))
+    optimizer = Adam(variables, settings.learning_rate, betas=(0.5, 0.9))
     samples, price = settings.samples_per_step, Price(settings)
     per_step = math.ceil(len(images) / size) if samples is None else samples // size
     order: list[int] = []
@@ -67,9 +67,7 @@ def _one_class(model: Classifier, images: Images, settings: NeuralCleanse, seed:
             wanted = torch.full((len(batch),), target, device=images.device)
             norm = mask.abs().sum() if settings.norm == "l1" else mask.norm()
             loss = functional.cross_entropy(logits, wanted) + price.cost * norm
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            optimizer.step(torch.autograd.grad(loss, variables))
             hits += int((logits.argmax(1) == wanted).sum())
             norms += norm.item()
         improved, done = price.look(hits / (per_step * size), norms / per_step)
