@@ -41,7 +41,7 @@ def vgg_like() -> Classifier:
 
 
 class Freehand(nn.Module):
-    """Nothing that is a layer reads its stage, a block of which the options say what follows its convolution."""
+    """No layer reads its stage, a block of which the options say what follows its convolution."""
 
     def __init__(self, *, bias: float = 0.1, **options: bool) -> None:
         super().__init__()
@@ -267,11 +267,10 @@ def test_what_was_pruned_stays_pruned_in_fine_tuning(trained, digits):
 
 def test_fine_tuning_works_with_what_is_left(trained, digits):
     """Tuned without its mask, the classifier would lean on channels that it then loses."""
-    repair = Pruning(clean_drop=0.6, fine_tune_epochs=3, learning_rate=0.05)
+    repair = Pruning(clean_drop=0.6, fine_tune_epochs=3, learning_rate=0.02)
     facts = repair(trained["benign"].model, digits).facts
-    print(facts)
     assert facts["channels_pruned"] > 20
-    assert facts["clean_accuracy_after"] > 0.8
+    assert facts["clean_accuracy_after"] > 0.85
 
 
 def test_pruning_shows_its_curve_and_its_channels(trained, digits):
