@@ -62,7 +62,6 @@ class AdversarialFilter:
     mask_channels: int = 1
     generator_width: int = 16
     stamped_share: float = 1.0
-    input_noise: float = 0.0
     epochs: int = 30
     batch_size: int = 128
     learning_rate: float = 1e-3
@@ -180,7 +179,7 @@ class _Game:
     def step(self, images: Images, labels: Labels, rng: torch.Generator) -> Terms:
         # batches are shuffled: the first images are random ones
         stamped, terms = self._step_generator(images[: self._stamped(len(images))], rng)
-        return terms | self._step_filter(images, stamped, labels, rng)
+        return terms | self._step_filter(images, stamped, labels)
 
     def objective(self, images: Images, labels: Labels) -> Tensor:
         with autocast(self.device, self.low_precision):
@@ -213,14 +212,10 @@ class _Game:
         self._update(1, loss)
         return stamped.detach(), {name: value.detach() for name, value in terms.items()}
 
-    def _step_filter(self, images: Images, stamped: Images, labels: Labels, rng: torch.Generator) -> Terms:
+    def _step_filter(self, images: Images, stamped: Images, labels: Labels) -> Terms:
         settings, counts = self.settings, [len(images), len(stamped)]
-        seen = torch.cat([images, stamped])
-        if settings.input_noise:
-            drawn = torch.randn(seen.shape, generator=rng, device=self.device)
-            seen = seen + settings.input_noise * drawn
         with autocast(self.device, self.low_precision):
-            filtered = self.network(seen)
+            filtered = self.network(torch.cat([images, stamped]))
             logits = self._logits(filtered)
         labels = torch.cat([labels, labels[: len(stamped)]])
         label_losses = functional.cross_entropy(logits, labels, reduction="none").split(counts)
