@@ -29,14 +29,15 @@ TABLE: dict[str, set[str]] = {
     "datasets": {"core"},
     "metrics": {"core"},
     "models": {"core"},
-    "loading": {"core", "models"},
+    "rules": set(),
+    "loading": {"core", "models", "rules"},
     "attacks": {"core", "triggers", "models"},
     "scanners": DEFENCE,
     "filters": DEFENCE,
     "monitors": DEFENCE | {"filters"},
     "repairs": DEFENCE,
     "zoo": ZOO,
-    "report": {"core"},
+    "report": {"core", "rules"},
 }
 TABLE["benchmark"] = set(TABLE) - {"report"}
 TABLE["cli"] = TABLE["__init__"] = {*TABLE, "__init__"}

@@ -22,10 +22,13 @@ from torch import Tensor, nn
 
 import unhorse.loading
 from unhorse.core import Classifier
-from unhorse.loading import Format, LoadFailed, LoadRefused, checks, load_model, sniff
+from unhorse.loading import checks
+from unhorse.loading.formats import load_model
 from unhorse.loading.identification import identify
+from unhorse.loading.sniff import Format, sniff
 from unhorse.models.architectures import ARCHITECTURES, IMAGENET_MEAN, outline
 from unhorse.models.classifier import new_classifier, save_classifier
+from unhorse.rules import LoadFailed, LoadRefused
 
 
 def small_classifier(classes: int = 3, side: int = 8) -> Classifier:

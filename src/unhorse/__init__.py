@@ -9,11 +9,12 @@ if TYPE_CHECKING:
     from unhorse.core import Classifier, Dataset, RepairResult, ScanResult, Verdict
     from unhorse.datasets import load_dataset
     from unhorse.filters.registry import FILTERS
-    from unhorse.loading import LoadFailed, LoadRefused, load_model
+    from unhorse.loading.formats import load_model
     from unhorse.monitors.contrast import Contrast
     from unhorse.monitors.guard import Guard, load_guard
     from unhorse.monitors.strip import Strip
     from unhorse.repairs.registry import REPAIRS
+    from unhorse.rules import LoadFailed, LoadRefused
     from unhorse.scanners.activation_outlier import ActivationOutlier
     from unhorse.scanners.neural_cleanse import NeuralCleanse
     from unhorse.scanners.signature_scanner import SignatureScanner
@@ -53,8 +54,8 @@ _HOMES = {
     "Contrast": "unhorse.monitors.contrast",
     "Dataset": "unhorse.core",
     "Guard": "unhorse.monitors.guard",
-    "LoadFailed": "unhorse.loading",
-    "LoadRefused": "unhorse.loading",
+    "LoadFailed": "unhorse.rules",
+    "LoadRefused": "unhorse.rules",
     "NeuralCleanse": "unhorse.scanners.neural_cleanse",
     "RepairResult": "unhorse.core",
     "ScanResult": "unhorse.core",
@@ -64,7 +65,7 @@ _HOMES = {
     "compute_signature": "unhorse.scanners.signatures",
     "load_dataset": "unhorse.datasets",
     "load_guard": "unhorse.monitors.guard",
-    "load_model": "unhorse.loading",
+    "load_model": "unhorse.loading.formats",
     "load_victim": "unhorse.victims",
 }
 

@@ -20,9 +20,10 @@ from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResul
 from unhorse.datasets import load_dataset
 from unhorse.image_files import read_parquet
 from unhorse.jobs import say
-from unhorse.loading import LoadFailed, LoadRefused, load_model
+from unhorse.loading.formats import load_model
 from unhorse.models.classifier import weights_hash
 from unhorse.report import Report, ScannedModel
+from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.neural_cleanse import NeuralCleanse
 from unhorse.scanners.signature_scanner import SignatureScanner

@@ -15,6 +15,8 @@ import torch
 from picklescan.scanner import scan_pickle_bytes
 from torch import Tensor, nn
 
+from unhorse.rules import LoadFailed, LoadRefused
+
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_TENSORS = 20_000
 MAX_PICKLE_BYTES = 64 * 2**20
@@ -32,22 +34,6 @@ _REBUILDERS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter"}
 _DTYPES = {
     str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
-
-
-class LoadRefused(ValueError):
-    """A file that unhorse will not load: which `rule` (LD2xx), for what `reason`, and the `remedy`."""
-
-    def __init__(self, rule: str, reason: str, remedy: str) -> None:
-        super().__init__(f"{rule} {reason}: {remedy}")
-        self.rule, self.reason, self.remedy = rule, reason, remedy
-
-
-class LoadFailed(ValueError):
-    """A file that looked loadable and turned out broken."""
-
-    def __init__(self, reason: str, remedy: str = "download or export it again") -> None:
-        super().__init__(f"{reason}: {remedy}")
-        self.reason, self.remedy = reason, remedy
 
 
 def check_safetensors(data: bytes) -> dict[str, str]:

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from unhorse.core import Classifier
 from unhorse.loading import checks
-from unhorse.loading.checks import EXPORT_REMEDY, LoadFailed, LoadRefused
+from unhorse.loading.checks import EXPORT_REMEDY
 from unhorse.loading.identification import ImageShape, identify
 from unhorse.loading.sniff import Format, sniff
 from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
+from unhorse.rules import LoadFailed, LoadRefused
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "netC")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")

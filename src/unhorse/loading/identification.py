@@ -11,8 +11,8 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
-from unhorse.loading.checks import LoadRefused
 from unhorse.models.architectures import ARCHITECTURES, outline
+from unhorse.rules import LoadRefused
 
 ImageShape = tuple[int, int, int]
 State = Mapping[str, Tensor]
