@@ -1,0 +1,1 @@
+"""A process that can do no harm, and how work is handed to it."""

@@ -1,0 +1,20 @@
+"""What a restricted process may be asked to do: a closed list, each entry `module:function`.
+
+Such a function takes the open files and the options, and returns a JSON document and a safetensors blob (or
+b""). `options["progress"]` takes a line of text that the asking process shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+Task = Callable[[list[BinaryIO], dict[str, Any]], tuple[dict[str, Any], bytes]]
+
+TASKS: dict[str, str] = {
+    "check": "unhorse.checks.inspection:check_task",
+    "read": "unhorse.loading.reading:read_task",
+}
+
+# imports no torch: the light server imports these before it is asked, and no others
+LIGHT = frozenset({"check"})
