@@ -1,0 +1,52 @@
+"""Writes tests/seeds: the smallest valid file of each format, from which scripts/fuzz makes its mutants.
+
+They are kept, not made when needed, so that the number of a mutant always means the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+SEEDS = Path(__file__).with_name("seeds")
+
+
+def write_seeds(folder: Path) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 3)
+    ).eval()
+    images = torch.rand(2, 1, 8, 8)
+    folder.mkdir(exist_ok=True)
+    save_file(network.state_dict(), folder / "tiny.safetensors", {"format": "pt"})
+    torch.save(network.state_dict(), folder / "tiny.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.trace(network, images), folder / "tiny.torchscript")
+        torch.export.save(torch.export.export(network, (images,)), folder / "tiny.pt2")
+        torch.onnx.export(network, (images,), str(folder / "tiny.onnx"), dynamo=False, opset_version=17)
+    _write_keras(folder)
+
+
+def _write_keras(folder: Path) -> None:
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+
+    layers = [
+        keras.layers.Input((8, 8, 1)),
+        keras.layers.Conv2D(2, 3, activation="relu"),
+        keras.layers.GlobalAveragePooling2D(),
+        keras.layers.Dense(3),
+    ]
+    model = keras.Sequential(layers)
+    model.save(folder / "tiny.keras")
+    model.save(folder / "tiny.h5")
+
+
+if __name__ == "__main__":
+    write_seeds(SEEDS)
