@@ -1,36 +1,32 @@
-"""From a model file to a classifier: read the weights safely, then find out what they are."""
+"""From a model file to a classifier: read it where it can do no harm, then find out what it is."""
 
 from __future__ import annotations
 
-import io
 import json
-import math
-import pickle
-import zipfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
-import torch
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
+from unhorse.checks.expectations import Facts
+from unhorse.checks.sniff import Format
+from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
-from unhorse.loading import checks
-from unhorse.loading.checks import EXPORT_REMEDY
-from unhorse.loading.identification import ImageShape, identify
-from unhorse.loading.sniff import Format, sniff
+from unhorse.loading.assembly import Said, contradiction, graph_classifier, identified, overridden
+from unhorse.loading.identification import ImageShape
+from unhorse.loading.sources import Source, opened
+from unhorse.loading.tensors import check_tensors
 from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
 from unhorse.rules import LoadFailed, LoadRefused
+from unhorse.sandbox import server
+from unhorse.sandbox.confinement import Limits
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "netC")
 _PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
-_PARSER_ERRORS = (
-    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError),
-    *(ArithmeticError, AssertionError, MemoryError, pickle.UnpicklingError, zipfile.BadZipFile),
-    safetensors.SafetensorError,
-)
+HERE = "here"
 
 
 class Weights(NamedTuple):
@@ -40,11 +36,15 @@ class Weights(NamedTuple):
     metadata: dict[str, str]
 
 
-class Normalisation(NamedTuple):
-    """What a network subtracts and divides by, for pixels in [0, 1]."""
+class Opened(NamedTuple):
+    """A classifier and how it was come by: `opened` says where, and how confined."""
 
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    model: Classifier
+    format: str
+    sha256: str
+    size: int
+    opened: str
+    seconds: float
 
 
 def load_model(
@@ -58,85 +58,106 @@ def load_model(
     std: Sequence[float] | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Classifier:
-    """The classifier in a folder or file, on the CPU, in eval mode; arguments win over what the file says.
+    """The classifier in a file or folder, on the CPU, in eval mode; arguments win over what the file says.
 
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on (0 to 1
     unless given). Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
     """
-    file = _weights_file(Path(path))
-    weights = read_weights(file)
+    said = Said(
+        architecture=architecture,
+        image_shape=image_shape,
+        num_classes=num_classes,
+        class_names=class_names,
+        mean=mean,
+        std=std,
+        value_range=value_range,
+    )
+    return open_model(Path(path), said).model
+
+
+def open_model(
+    path: Path,
+    said: Said = Said(),  # noqa: B008 - frozen
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Opened:
+    """As load_model, with where the file was opened, its format, hash and size.
+
+    safetensors are parsed here; every other format in a restricted child, of which tensors come back, and for
+    a network that is none of ours a graph of listed operators (models/graph.py). Both run here.
+    """
+    started = time.monotonic()
+    with opened(path) as source:
+        source.check()
+        if source.kind is Format.SAFETENSORS:
+            model, where = _from_safetensors(source, said), HERE
+        else:
+            parcel = server.run(
+                "read",
+                source.files,
+                source.options() | {"image_shape": said.image_shape and list(said.image_shape)},
+                heavy=True,
+                limits=_limits(source.size),
+                progress=progress,
+            )
+            where = f"in the sandbox ({parcel.tier})"
+            model = _from_parcel(source, parcel, said)
+        model = overridden(model, said.num_classes, said.class_names, said.normalisation)
+        return Opened(model, source.format, source.sha256, source.size, where, time.monotonic() - started)
+
+
+def _limits(size: int) -> Limits:
+    """Of time and memory for a file of so many bytes."""
+    seconds = 120 + size // 2**20
+    return Limits(memory=4 * 2**30 + 8 * size, cpu_seconds=seconds, wall_seconds=3.0 * seconds)
+
+
+def _from_safetensors(source: Source, said: Said) -> Classifier:
+    weights = _safetensors(source.files[0].read(), source.path.name)
+    weights = weights._replace(tensors=_without_prefixes(weights.tensors))
+    file = source.path / WEIGHTS_FILE if source.path.is_dir() else source.path
     model = _described(file, weights)
     if model is None:
-        model = _identified(weights.tensors, architecture, image_shape)
-    elif architecture not in ("auto", model.architecture["name"]):
-        raise _contradiction(
-            f"the card says {model.architecture['name']}, not {architecture}", "leave --arch out"
+        return identified(weights.tensors, said, Facts())
+    if said.architecture not in ("auto", model.architecture["name"]):
+        known = model.architecture["name"]
+        raise contradiction(f"the card says {known}, not {said.architecture}", "leave --arch out")
+    if said.image_shape not in (None, model.image_shape):
+        raise contradiction(
+            f"the card says images of {model.image_shape}, not {said.image_shape}", "leave the shape out"
         )
-    elif image_shape not in (None, model.image_shape):
-        raise _contradiction(
-            f"the card says images of {model.image_shape}, not {image_shape}", "leave the shape out"
-        )
-    given = None
-    if not (mean is std is value_range is None):
-        given = _normalisation(mean or (0.0,), std or (1.0,), value_range or (0.0, 1.0))
-    return _overridden(model, num_classes, class_names, given)
+    return model
 
 
-def read_weights(path: Path) -> Weights:
-    """The checked tensors of a safetensors file or a PyTorch state dict, told apart by content, not name."""
-    kind, data = _contents(path)
+def _safetensors(data: bytes, name: str) -> Weights:
+    """The checked tensors of safetensors bytes, whoever wrote them."""
     try:
-        found, metadata = _parse(kind, data)
-        tensors = checks.check_tensors(_unwrapped(found), len(data))
-    except (LoadRefused, LoadFailed):
-        raise
-    except _PARSER_ERRORS as error:
-        raise LoadFailed(f"{path.name} is damaged ({type(error).__name__}: {_first_line(error)})") from error
-    return Weights(_without_prefixes(tensors), metadata)
+        metadata = check_safetensors(data)
+        return Weights(check_tensors(parse_safetensors(data), len(data)), metadata)
+    except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, OverflowError) as error:
+        raise LoadFailed(f"{name} is damaged ({type(error).__name__}: {_first_line(error)})") from error
 
 
-def _contents(path: Path) -> tuple[Format, bytes]:
-    """The bytes of a file in a format that unhorse opens, read once: what is checked is what is parsed."""
+def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> Classifier:
+    """The classifier that a child sent home as data: whatever it sent is checked as a file would be."""
+    document = parcel.document
     try:
-        with path.open("rb") as stream:
-            kind = sniff(stream)
-            opened = kind in (Format.SAFETENSORS, Format.TORCH_ZIP)
-            data = stream.read(checks.MAX_FILE_BYTES + 1) if opened else b""
-    except OSError as error:
-        raise LoadFailed(f"{path} cannot be read ({error.strerror})", "check the path") from error
-    if kind is Format.BROKEN_ZIP:
-        raise LoadFailed(f"{path.name} is a {kind}: it is truncated or damaged")
-    if kind is Format.UNKNOWN:
-        raise LoadRefused("LD202", f"{path.name} is not a model file", EXPORT_REMEDY)
-    if not opened:
-        raise LoadRefused("LD201", f"{path.name} is {kind}, which unhorse does not open", EXPORT_REMEDY)
-    if len(data) > checks.MAX_FILE_BYTES:
-        raise LoadRefused("LD208", f"{path.name} has more than 4 GiB", EXPORT_REMEDY)
-    return kind, data
+        facts = Facts.from_json(document["facts"])
+        tensors = _safetensors(parcel.blob, source.path.name).tensors
+        notes = [] if "landlock" in parcel.tier else [_weak_tier(parcel.tier)]
+        if document["kind"] == "tensors":
+            return identified(_without_prefixes(tensors), said, facts, notes)
+        return graph_classifier(document, tensors, facts, [*notes, *map(str, document["notes"])])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, LoadRefused | LoadFailed):
+            raise
+        raise LoadFailed(f"the sandbox sent back no usable network ({_first_line(error)})") from error
 
 
-def _parse(kind: Format, data: bytes) -> tuple[object, dict[str, str]]:
-    if kind is Format.SAFETENSORS:
-        metadata = checks.check_safetensors(data)
-        return parse_safetensors(data), metadata
-    checks.check_torch_zip(data)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), {}
-
-
-def _unwrapped(found: object) -> dict[str, object]:
-    """The state dict inside the dictionaries that training scripts save around it."""
-    for _ in range(3):
-        inside = [found[key] for key in _WRAPPERS if key in found] if isinstance(found, Mapping) else []
-        if not inside or not isinstance(inside[0], Mapping):
-            break
-        found = inside[0]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found):
-        raise LoadRefused(
-            "LD209", f"the file holds a {type(found).__name__}, not a state dict", EXPORT_REMEDY
-        )
-    if len(found) > checks.MAX_TENSORS:
-        raise LoadRefused("LD209", f"{len(found)} tensors are more than {checks.MAX_TENSORS}", EXPORT_REMEDY)
-    return dict(found)
+def _weak_tier(tier: str) -> str:
+    return (
+        f"MD304 this system has no Landlock: the file was opened under {tier} only; use Linux 5.13 or later"
+    )
 
 
 def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -144,14 +165,6 @@ def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
-
-
-def _weights_file(path: Path) -> Path:
-    if not path.is_dir():
-        return path
-    if not (path / WEIGHTS_FILE).is_file():
-        raise LoadRefused("LD202", f"folder {path.name} has no {WEIGHTS_FILE}", "give the model file itself")
-    return path / WEIGHTS_FILE
 
 
 def _described(file: Path, weights: Weights) -> Classifier | None:
@@ -185,76 +198,6 @@ def _from_card(card: object, weights: Weights, *, required: bool) -> Classifier 
     except ValueError:
         return None
     return model if weights_hash(model) == card.get("weights_hash") else None
-
-
-def _identified(tensors: dict[str, Tensor], architecture: str, image_shape: ImageShape | None) -> Classifier:
-    found = identify(tensors, architecture=architecture, image_shape=image_shape)
-    card: dict[str, object] = {
-        "architecture": {"name": found.name, "options": found.options},
-        "image_shape": list(found.image_shape),
-        "class_names": [str(index) for index in range(found.num_classes)],
-        "mean": list(found.mean),
-        "std": list(found.std),
-        "assumptions": [*found.assumptions, _normalisation_assumed(found.mean, found.std)],
-    }
-    try:
-        return classifier_from_card(card, found.state)
-    except ValueError as error:
-        raise LoadRefused("LD210", str(error), "give the image shape with --size") from error
-
-
-def _normalisation_assumed(mean: Sequence[float], std: Sequence[float]) -> str:
-    listed = ", ".join(
-        f"{word} {'/'.join(f'{value:.4g}' for value in values)}"
-        for word, values in (("mean", mean), ("std", std))
-    )
-    return f"MD301 input normalisation assumed {listed} for pixels in 0..1: pass --mean/--std/--range"
-
-
-def _normalisation(
-    mean: Sequence[float], std: Sequence[float], value_range: tuple[float, float]
-) -> Normalisation:
-    """From the units of the network's own pixel range to those of pixels in [0, 1]."""
-    low, high = value_range
-    numbers = (*mean, *std, low, high)
-    if not all(math.isfinite(number) for number in numbers) or high <= low or min(std) <= 0:
-        raise _contradiction(
-            f"mean {tuple(mean)}, std {tuple(std)}, range {low}..{high} are no normalisation",
-            "give finite numbers, std above 0 and a range from low to high",
-        )
-    span = high - low
-    return Normalisation(tuple((value - low) / span for value in mean), tuple(value / span for value in std))
-
-
-def _overridden(
-    model: Classifier, num_classes: int | None, class_names: Sequence[str] | None, given: Normalisation | None
-) -> Classifier:
-    """The model with what the user said; LoadRefused LD211 where that contradicts the weights."""
-    for asked in (num_classes, None if class_names is None else len(class_names)):
-        if asked not in (None, model.num_classes):
-            raise _contradiction(
-                f"the weights have {model.num_classes} classes, not {asked}", "leave --classes out"
-            )
-    channels = model.image_shape[0]
-    if given and not {len(given.mean), len(given.std)} <= {1, channels}:
-        counts = f"{len(given.mean)} means and {len(given.std)} deviations for {channels} channels"
-        raise _contradiction(counts, f"give 1 or {channels} of each to --mean and --std")
-    kept = model.assumptions
-    if given:
-        kept = tuple(line for line in kept if not line.startswith("MD301 input normalisation"))
-    return Classifier(
-        model.network,
-        image_shape=model.image_shape,
-        class_names=class_names if class_names is not None else model.class_names,
-        mean=given.mean if given else model.mean.flatten().tolist(),
-        std=given.std if given else model.std.flatten().tolist(),
-        architecture=model.architecture,
-        assumptions=kept,
-    ).eval()
-
-
-def _contradiction(reason: str, remedy: str) -> LoadRefused:
-    return LoadRefused("LD211", reason, remedy)
 
 
 def _first_line(error: BaseException) -> str:

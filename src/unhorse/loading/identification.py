@@ -233,5 +233,9 @@ _SIGNS: dict[str, _Signs] = {
     ),
     "mobilenet-v2": _Signs("features.0.0.weight", "classifier.1.weight", _assumed(224)),
     "efficientnet-b0": _Signs("features.0.0.weight", "classifier.1.weight", _assumed(224)),
+    **{
+        f"efficientnet-lite{size}": _Signs("_conv_stem.weight", "_fc.weight", _assumed(side))
+        for size, side in enumerate((224, 240, 260, 280, 300))
+    },
     "vit-b-16": _Signs("conv_proj.weight", "heads.head.weight", _vit_side, renames=_TIMM_VIT),
 }

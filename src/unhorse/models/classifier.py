@@ -17,6 +17,7 @@ from torch import Tensor
 
 from unhorse.core import Classifier
 from unhorse.models.architectures import build, outline
+from unhorse.models.graph import GRAPH, check_sizes, graph_digest
 
 CARD_FORMAT = "unhorse-classifier-1"
 WEIGHTS_FILE = "model.safetensors"
@@ -50,8 +51,12 @@ def new_classifier(
 
 
 def weights_hash(model: Classifier) -> str:
-    """SHA-256 over the weights (names, types, shapes, bytes) and the normalisation; equal on every device."""
+    """SHA-256 over the weights (names, types, shapes, bytes), the normalisation and, if it is one, the
+    graph; equal on every device.
+    """
     digest = hashlib.sha256()
+    if model.architecture.get("name") == GRAPH:
+        digest.update(graph_digest(model.architecture["options"]["graph"]).encode())  # type: ignore[index]
     tensors = {f"network.{name}": tensor for name, tensor in model.network.state_dict().items()}
     for name, tensor in sorted((tensors | {"mean": model.mean, "std": model.std}).items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -91,6 +96,18 @@ def save_classifier(
     return folder
 
 
+def save_weights(model: Classifier, path: Path) -> Path:
+    """Write one safetensors file with the card in its metadata; it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        _save_tensors(model.network.state_dict(), draft, {"unhorse": json.dumps(_describe(model))})
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+    return path
+
+
 def read_card(folder: Path) -> dict[str, object]:
     """The whole card, attack and metrics included: for populations and tables, never for a defence."""
     path = Path(folder) / CARD_FILE
@@ -116,6 +133,8 @@ def classifier_from_card(card: Mapping[str, object], weights: Mapping[str, Tenso
         network = outline(
             architecture["name"], num_classes=len(names), image_shape=shape, **architecture["options"]
         )
+        if architecture["name"] == GRAPH:
+            check_sizes(network, shape, len(names))
         network.load_state_dict(dict(weights), strict=True, assign=True)
         return Classifier(
             network,

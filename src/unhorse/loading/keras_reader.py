@@ -1,0 +1,128 @@
+"""Reads Keras files through Keras 3 on its torch backend, whose models are torch modules."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, BinaryIO
+
+from torch import Tensor, nn
+
+from unhorse.checks.expectations import Facts
+from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, probed
+from unhorse.rules import LoadFailed, LoadRefused
+
+INSTALL_REMEDY = "pip install 'unhorse[keras]'"
+_READ_ERRORS = (
+    *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OSError),
+    *(NotImplementedError, AssertionError, ImportError, RecursionError),
+)
+
+
+def read_keras_archive(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
+    """A .keras archive, read from the open file; no object of the file's own, no compiled loss."""
+    _require_keras()
+    from keras.src.saving import saving_lib  # keras.saving takes only paths, and there is none here
+
+    model = _reading(lambda: saving_lib.load_model(files[0], compile=False, safe_mode=True))
+    return _readout(model, options, facts)
+
+
+def read_keras_hdf5(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
+    """The .h5 file of Keras 1 to 3, read from the open file."""
+    _require_keras()
+    import h5py
+    from keras.src.legacy.saving import legacy_h5_format
+
+    def read() -> Any:
+        with h5py.File(files[0], "r") as opened:
+            return legacy_h5_format.load_model_from_hdf5(opened, compile=False, safe_mode=True)
+
+    return _readout(_reading(read), options, facts)
+
+
+def _require_keras() -> None:
+    """Keras with its torch backend; the choice is made once per process, at the first import."""
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = "torch"
+        os.environ["KERAS_HOME"] = os.devnull  # no settings of the user's are read, and none written
+    try:
+        import h5py  # noqa: F401
+        import keras
+    except ImportError as error:
+        raise LoadRefused(
+            "LD224", f"this needs {error.name}, which is not installed", INSTALL_REMEDY
+        ) from error
+    for name in ("tensorflow", "jax"):  # Keras looks whether they are there, not whether they are barred
+        if name in sys.modules and sys.modules[name] is None:
+            del sys.modules[name]
+    if keras.backend.backend() != "torch":
+        raise LoadFailed("Keras already runs on another backend", "set KERAS_BACKEND=torch")
+    keras.config.disable_interactive_logging()
+
+
+def _reading(read: Any) -> Any:
+    try:
+        return read()
+    except _READ_ERRORS as error:
+        if isinstance(error, LoadRefused | LoadFailed):
+            raise
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoadFailed(f"Keras cannot read it ({reason[:200]})", "save it again with Keras 3") from error
+
+
+def _readout(model: Any, options: Mapping[str, Any], facts: Facts) -> Readout:
+    shapes = model.input_shape if isinstance(model.input_shape, list) else [model.input_shape]
+    if len(shapes) != 1 or len(shapes[0]) != 4:
+        raise LoadRefused("LD221", f"the model takes {shapes}, not one batch of images", CLASSIFIER_REMEDY)
+    batch, *sides = shapes[0]
+    layers = list(_layers(model))
+    channels_last = all(getattr(layer, "data_format", None) != "channels_first" for layer in layers)
+    height, width, channels = sides if channels_last else (*sides[1:], sides[0])
+    facts = replace(facts, image_shape=(channels, height, width), extra=facts.extra | _scaling(layers))
+    if any(_takes_bytes(layer) for layer in layers):
+        facts = replace(facts, mean=(0.0,), std=(1 / 255,))
+    for layer in model._flatten_layers():
+        if layer.compute_dtype in ("float16", "bfloat16", "float64"):
+            layer.dtype_policy = "float32"
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    network = LogitsOf(_Judging(model), channels_last=channels_last)
+    return Readout(network, probed(network, facts, options, batch=batch), batch=batch)
+
+
+class _Judging(nn.Module):
+    """A Keras model called as at test time: no dropout, running statistics, float32 throughout."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images, training=False)
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    for layer in model.layers:
+        yield from _layers(layer) if hasattr(layer, "layers") else [layer]
+
+
+def _takes_bytes(layer: Any) -> bool:
+    """Whether a layer brings pixels of 0..255 to 0..1 or -1..1."""
+    scale = getattr(layer, "scale", None)
+    return type(layer).__name__ == "Rescaling" and isinstance(scale, float) and 1 / 300 < scale < 1 / 100
+
+
+def _scaling(layers: Sequence[Any]) -> dict[str, str]:
+    """What the layers in front of the network do to pixels, in words; they stay inside the network."""
+    words = []
+    for layer in layers:
+        kind = type(layer).__name__
+        if kind == "Rescaling":
+            words.append(f"Rescaling(scale={layer.scale}, offset={layer.offset})")
+        elif kind == "Normalization":
+            words.append("Normalization")
+    return {"preprocessing": ", ".join(words)} if words else {}

@@ -1,0 +1,192 @@
+"""Reads ONNX: converts the graph to torch and refuses it unless ONNX Runtime computes the same."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from unhorse.checks.expectations import Facts, Sides
+from unhorse.loading.onnx_folding import folded, is_narrow, widened, with_data
+from unhorse.loading.onnx_metadata import with_metadata
+from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, logits_in, probed
+from unhorse.rules import LoadFailed, LoadRefused
+
+if TYPE_CHECKING:
+    import onnx
+
+TOLERANCE = 1e-3
+NARROW_TOLERANCE = 5e-2  # half precision keeps three digits, and a network has many layers
+MAX_MODEL_BYTES = 2**31 - 1
+INSTALL_REMEDY = "pip install 'unhorse[onnx]'"
+_FLOATS = ("float16", "float32", "float64")
+_EXPORT_REMEDY = "export it again with torch.onnx.export(..., opset_version=18) in float32"
+
+
+def read_onnx(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
+    """The network of an ONNX file, with the data files beside it given as open files.
+
+    `options["names"]` names the files, the model first. Raises LD216 for its external data, LD221 where it
+    is no image classifier, LD222 where converted network and ONNX Runtime disagree, LD224 where a library
+    is absent.
+    """
+    _require_libraries()
+    names = options["names"]
+    model = _parsed(files[0].read(MAX_MODEL_BYTES + 1))
+    with_data(model, dict(zip(names[1:], files[1:], strict=True)))
+    runnable = _checked(model)
+    batch, channels_last, shape = _image_input(model)
+    facts = with_metadata(replace(facts, image_shape=shape))
+    network = LogitsOf(_converted(folded(widened(model))), channels_last=channels_last)
+    facts = probed(network, facts, options, batch=batch)
+    tolerance = NARROW_TOLERANCE if is_narrow(model) else TOLERANCE
+    session = _Session(runnable)
+    probes = _probes(facts.image_shape or ())
+    probes = probes.repeat(-(-(batch or 1) // 6), 1, 1, 1)[: (batch or 6) * max(1, 6 // (batch or 6))]
+    for images in probes.split(batch or 6):
+        _check_parity(network, session, images, tolerance)
+    return Readout(network, facts, batch=batch)
+
+
+def _require_libraries() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnx2fx  # noqa: F401
+        import onnxruntime  # noqa: F401
+    except ImportError as error:
+        raise LoadRefused(
+            "LD224", f"this needs {error.name}, which is not installed", INSTALL_REMEDY
+        ) from error
+
+
+def _parsed(data: bytes) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise LoadFailed("the ONNX message cannot be read") from error
+
+
+def _checked(model: onnx.ModelProto) -> bytes:
+    """The model as one message, external data included, that onnx's own checker accepts."""
+    import onnx
+
+    try:
+        if model.ByteSize() > MAX_MODEL_BYTES:
+            raise LoadRefused("LD208", "the ONNX model has more than 2 GiB of weights", _EXPORT_REMEDY)
+        onnx.checker.check_model(model)
+        return model.SerializeToString()
+    except onnx.checker.ValidationError as error:
+        reason = str(error).strip().splitlines() or ["no reason given"]
+        raise LoadRefused(
+            "LD217", f"onnx's checker rejects it ({reason[0][:200]})", _EXPORT_REMEDY
+        ) from error
+
+
+def _image_input(model: onnx.ModelProto) -> tuple[int | None, bool, Sides]:
+    """The batch size (None if open), whether channels come last, and (c, h, w) with None where open."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in weights]
+    if len(inputs) != 1:
+        raise LoadRefused("LD221", f"the model takes {len(inputs)} inputs, not one", CLASSIFIER_REMEDY)
+    kind = inputs[0].type.tensor_type
+    sizes = [size.dim_value if size.dim_value > 0 else None for size in kind.shape.dim]
+    if len(sizes) != 4 or kind.elem_type not in (1, 10, 11, 16):  # float, half, double, bfloat16
+        shape = "x".join("?" if size is None else str(size) for size in sizes)
+        what = f"the model takes {shape or 'a scalar'} of type {kind.elem_type}"
+        raise LoadRefused("LD221", f"{what}, not float images (n, c, h, w)", CLASSIFIER_REMEDY)
+    batch, first, height, last = sizes
+    if last in (1, 3) and first not in (1, 3):
+        return batch, True, (last, first, height)
+    return batch, False, (first, height, last)
+
+
+def _converted(model: onnx.ModelProto) -> nn.Module:
+    import onnx2fx
+
+    try:
+        return onnx2fx.convert(model)
+    except (
+        *(onnx2fx.Onnx2FxError, RuntimeError, ValueError, KeyError, IndexError, TypeError),
+        *(AttributeError, NotImplementedError, AssertionError),
+    ) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise LoadRefused(
+            "LD221", f"the ONNX graph cannot be converted ({reason[:200]})", _EXPORT_REMEDY
+        ) from error
+
+
+def _probes(shape: Sequence[int | None]) -> Tensor:
+    """Six images over the ranges that networks are trained on: standardised, 0..1 and 0..255."""
+    noise = torch.Generator().manual_seed(0)
+    images = torch.randn(6, *shape, generator=noise)  # type: ignore[arg-type]
+    spread = torch.tensor([1.0, 0.25, 64.0, 1.0, 0.25, 64.0]).reshape(-1, 1, 1, 1)
+    middle = torch.tensor([0.0, 0.5, 128.0, 0.0, 0.5, 128.0]).reshape(-1, 1, 1, 1)
+    return images * spread + middle
+
+
+@torch.no_grad()
+def _check_parity(network: LogitsOf, session: _Session, images: Tensor, tolerance: float) -> None:
+    """LD222 unless ONNX Runtime answers as the network does, relative to how far its answers lie apart."""
+    ours = network(images)
+    theirs = logits_in(
+        session.run(images.permute(0, 2, 3, 1) if network.channels_last else images), len(images)
+    ).float()
+    # per image, and without what all logits share: neither a large constant nor a bright image makes room
+    spread = (theirs - theirs.mean(1, keepdim=True)).abs().amax(1)
+    scale = torch.maximum(spread, 1e-3 * theirs.abs().amax(1)).clamp_min(1e-6)
+    error = float(((ours - theirs).abs().amax(1) / scale).max())
+    if not error < tolerance:  # NaN is no agreement
+        what = f"converted network and ONNX Runtime differ by {error:.2g} of the spread of their answers"
+        raise LoadRefused("LD222", what, _EXPORT_REMEDY)
+
+
+class _Session:
+    """ONNX Runtime on one thread, without telemetry, fed from memory alone; what it cannot run is LD222."""
+
+    def __init__(self, runnable: bytes) -> None:
+        import onnxruntime
+
+        onnxruntime.disable_telemetry_events()
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = settings.inter_op_num_threads = 1
+        settings.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        settings.log_severity_level = 4
+        providers = ["CPUExecutionProvider"]
+        with _runtime_refusals():
+            self.session = onnxruntime.InferenceSession(runnable, settings, providers=providers)
+
+    def run(self, images: Tensor) -> list[Tensor]:
+        """All outputs that are floating-point tensors, in the order of the file."""
+        wanted = self.session.get_inputs()[0]
+        kind = {"tensor(float16)": "float16", "tensor(double)": "float64"}.get(wanted.type, "float32")
+        with _runtime_refusals():
+            answers = self.session.run(None, {wanted.name: images.numpy().astype(kind)})
+        return [torch.from_numpy(answer) for answer in answers if getattr(answer, "dtype", None) in _FLOATS]
+
+
+@contextmanager
+def _runtime_refusals() -> Iterator[None]:
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    kinds = (
+        "Fail",
+        "InvalidGraph",
+        "InvalidArgument",
+        "InvalidProtobuf",
+        "NotImplemented",
+        "RuntimeException",
+    )
+    errors = tuple(getattr(state, kind) for kind in kinds)
+    try:
+        yield
+    except (*errors, RuntimeError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = f"ONNX Runtime cannot run it ({reason[:200]})"
+        raise LoadRefused("LD222", what, _EXPORT_REMEDY) from error

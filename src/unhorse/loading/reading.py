@@ -1,0 +1,82 @@
+"""What the restricted child does with a file: check again, read, trace, and send data home."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import struct
+import warnings
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any, BinaryIO
+
+import safetensors
+from safetensors.torch import save as to_safetensors
+
+from unhorse.checks.inspection import check
+from unhorse.checks.sniff import sniff
+from unhorse.loading.readers import FOLDER_READER, READERS
+from unhorse.loading.readouts import Readout
+from unhorse.loading.tracing import trace
+from unhorse.rules import LoadFailed, LoadRefused
+
+_READ_ERRORS = (
+    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, EOFError, OSError),
+    *(ArithmeticError, AssertionError, ImportError, NotImplementedError),
+    *(pickle.UnpicklingError, zipfile.BadZipFile, zlib.error, struct.error, safetensors.SafetensorError),
+)
+
+
+def read_task(files: list[BinaryIO], options: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
+    """The network of the files as a graph and its tensors, or the tensors of a state dict.
+
+    `options`: "format" (a Format, or "folder" for a Hugging Face one), "names" of the files (the model or its
+    weights first), "image_shape" if the user gave one. The document has "kind" ("tensors" or
+    "graph"), "facts", and for a graph "graph", "num_classes", "notes" and "batch". Raises LoadRefused or
+    LoadFailed, whatever the file does to the libraries that read it.
+    """
+    logging.disable(logging.WARNING)  # libraries speak of their own affairs, and of what hostile files say
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _sent(_read(files, options))
+    except (LoadRefused, LoadFailed):
+        raise
+    except _READ_ERRORS as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise LoadFailed(f"the file is damaged ({type(error).__name__}: {reason})") from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _read(files: list[BinaryIO], options: Mapping[str, Any]) -> Readout:
+    names = list(options["names"])
+    kind = sniff(files[0])
+    if options["format"] not in ("folder", kind):
+        raise LoadFailed(f"the file was {options['format']} and is {kind} now", "keep it still and try again")
+    facts = check(files[0], kind, dict(zip(names[1:], files[1:], strict=True)), names[0])
+    for stream in files:
+        stream.seek(0)
+    if options["format"] == "folder":
+        return FOLDER_READER(files, options, facts)
+    if kind not in READERS:
+        raise LoadRefused("LD201", f"there is no reader for {kind}", "export it as ONNX or safetensors")
+    return READERS[kind](files, options, facts)
+
+
+def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
+    facts = readout.facts.to_json()
+    if readout.network is None:
+        return {"kind": "tensors", "facts": facts}, to_safetensors(dict(readout.tensors))
+    shape = [size for size in readout.facts.image_shape or () if size is not None]
+    traced = trace(readout.network, shape, batch=readout.batch)
+    document = {
+        "kind": "graph",
+        "facts": facts,
+        "graph": traced.graph,
+        "num_classes": traced.num_classes,
+        "notes": list(traced.notes),
+        "batch": readout.batch,
+    }
+    return document, to_safetensors(traced.tensors)

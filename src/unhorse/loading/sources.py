@@ -1,0 +1,154 @@
+"""Opens the files of a model once, so that what is hashed and checked is what is read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from unhorse.checks import weight_files
+from unhorse.checks.sniff import EXPORT_REMEDY, Format, refusal, sniff
+from unhorse.rules import LoadFailed, LoadRefused
+
+FOLDER = "folder"
+HUGGING_FACE = "Hugging Face folder"
+_CONFIGURATION = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_DATA_SUFFIXES = (".data", ".bin", ".weight", ".weights", ".onnx_data")
+_MAX_BESIDE = 64
+
+
+@dataclass(frozen=True)
+class Source:
+    """The open files of one model: the model first, then those beside it; `sha256` is over all of them."""
+
+    path: Path
+    kind: Format | None
+    names: tuple[str, ...]
+    files: tuple[BinaryIO, ...]
+    sha256: str
+    size: int
+    problem: LoadRefused | LoadFailed | None = None
+
+    def check(self) -> None:
+        """Raises what is already known to speak against the file."""
+        if self.problem is not None:
+            raise self.problem
+
+    @property
+    def format(self) -> str:
+        """The format in words."""
+        return HUGGING_FACE if self.kind is None else str(self.kind)
+
+    def options(self) -> dict[str, object]:
+        """What a task is told of the files."""
+        return {"format": FOLDER if self.kind is None else str(self.kind), "names": list(self.names)}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Source]:
+    """The files of a model file, of a folder of unhorse (its weights) or of Hugging Face (`kind` is None).
+
+    `check` raises LoadRefused LD202 for what is no model, LD201 for a format that is not opened, LD213 for
+    two formats in one. Raised here: LD208 for more than 4 GiB, LD223 for links and for what is not a regular
+    file, LD202 for a folder without a model, LoadFailed where it cannot be read.
+    """
+    with ExitStack() as stack:
+        names, folder = _names(path)
+        inside = folder if path.is_dir() else None
+        files = [stack.enter_context(_open(folder / name, within=inside)) for name in names]
+        kind, problem = None, None
+        if "config.json" not in names:
+            kind, problem = _sniffed(files[0], path.name)
+        if kind is Format.ONNX:
+            for name in _data_beside(path):
+                names.append(name)
+                files.append(stack.enter_context(_open(folder / name)))
+        size = sum(os.fstat(file.fileno()).st_size for file in files)
+        if size > weight_files.MAX_FILE_BYTES:
+            raise LoadRefused("LD208", f"{path.name} has more than 4 GiB", EXPORT_REMEDY)
+        yield Source(path, kind, tuple(names), tuple(files), _sha256(names, files), size, problem)
+
+
+def _sniffed(file: BinaryIO, name: str) -> tuple[Format, LoadRefused | LoadFailed | None]:
+    try:
+        kind = sniff(file)
+    except LoadRefused as problem:
+        return Format.UNKNOWN, problem
+    return kind, refusal(kind, name)
+
+
+def _names(path: Path) -> tuple[list[str], Path]:
+    """Which files to open, and the folder they are in."""
+    if not path.is_dir():
+        return [path.name], path.parent
+    present = {entry.name for entry in path.iterdir()}
+    if "card.json" in present and "model.safetensors" in present:
+        return ["model.safetensors"], path
+    if "config.json" in present:
+        shards = sorted(
+            name for name in present if name.startswith("model-") and name.endswith(".safetensors")
+        )
+        weights = [name for name in _WEIGHTS if name in present][:1] or shards
+        if weights:
+            return [*weights, *(name for name in _CONFIGURATION if name in present)], path
+    raise LoadRefused(
+        "LD202",
+        f"folder {path.name} has no model.safetensors with a card or config.json",
+        "give the model file",
+    )
+
+
+def _open(path: Path, within: Path | None = None) -> BinaryIO:
+    """A regular file, opened for reading, and not through a link, unless `within` a hub's snapshot folder."""
+    flags = (
+        os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    )
+    try:
+        if path.is_symlink():
+            path = _linked(path, within)
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        raise LoadFailed(f"{path} cannot be read ({error.strerror})", "check the path") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LoadRefused("LD223", f"{path.name} is not a regular file", "give the model file itself")
+    return os.fdopen(descriptor, "rb")
+
+
+def _linked(path: Path, within: Path | None) -> Path:
+    """Where a link of a hub's cache leads: snapshots/<commit>/name to blobs/<hash>. Others are refused."""
+    target = path.resolve()
+    if within is not None and target.parent == within.resolve().parent.parent / "blobs":
+        return target
+    raise LoadRefused("LD223", f"{path.name} is a symbolic link", f"give the file it leads to: {target}")
+
+
+def _data_beside(path: Path) -> list[str]:
+    """The regular files beside an ONNX file that may hold its tensors; readers check which it names."""
+    found = sorted(
+        entry.name
+        for entry in os.scandir(path.parent)
+        if entry.is_file(follow_symlinks=False)
+        and entry.name != path.name
+        and (entry.name.endswith(_DATA_SUFFIXES) or entry.name.startswith(path.name))
+    )
+    return found[:_MAX_BESIDE]
+
+
+def _sha256(names: Sequence[str], files: Sequence[BinaryIO]) -> str:
+    """Of a single file its own; of several, that of a list of names and hashes."""
+    digests = []
+    for file in files:
+        file.seek(0)
+        digests.append(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+        file.seek(0)
+    if len(digests) == 1:
+        return digests[0]
+    listed = "".join(f"{digest}  {name}\n" for name, digest in sorted(zip(names, digests, strict=True)))
+    return hashlib.sha256(listed.encode()).hexdigest()

@@ -1,0 +1,46 @@
+"""Checks of tensors after a file was parsed and before they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from unhorse.checks.sniff import EXPORT_REMEDY
+from unhorse.rules import LoadRefused
+
+
+def check_tensors(tensors: Mapping[str, object], file_bytes: int) -> dict[str, Tensor]:
+    """Plain CPU tensors of their own, floats as float32 and finite; otherwise LD206, LD207 or LD209."""
+    plain = {name: _check_tensor(name, value) for name, value in tensors.items()}
+    # tied weights count twice; a file of a thousand views of one tensor would count a thousand times
+    if sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) > 4 * file_bytes + 2**20:
+        raise LoadRefused("LD206", "the tensors claim more memory than the file has bytes", EXPORT_REMEDY)
+    return {name: _as_finite(name, tensor) for name, tensor in plain.items()}
+
+
+def _check_tensor(name: str, value: object) -> Tensor:
+    if type(value) not in (Tensor, nn.Parameter):
+        raise LoadRefused("LD209", f"entry {name!r} is a {type(value).__name__}, not a tensor", EXPORT_REMEDY)
+    tensor: Tensor = value.detach()  # type: ignore[attr-defined]
+    if (
+        tensor.device.type != "cpu"
+        or tensor.layout != torch.strided
+        or tensor.is_quantized
+        or tensor.is_complex()
+    ):
+        raise LoadRefused("LD206", f"tensor {name!r} is not a plain dense tensor", EXPORT_REMEDY)
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        raise LoadRefused("LD206", f"tensor {name!r} claims more than the file has", EXPORT_REMEDY)
+    return tensor
+
+
+def _as_finite(name: str, tensor: Tensor) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor.clone(memory_format=torch.contiguous_format)
+    tensor = tensor.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        remedy = "the training diverged or the file is damaged; export a healthy checkpoint"
+        raise LoadRefused("LD207", f"the weights contain NaN or infinity, first in {name!r}", remedy)
+    return tensor
