@@ -12,6 +12,13 @@ from unhorse.core import Classifier
 from unhorse.models.classifier import new_classifier, save_classifier
 from unhorse.victims import Victim, load_victim
 
+
+@pytest.fixture(autouse=True)
+def _own_cache(monkeypatch, tmp_path_factory):
+    """No test finds what another one, or the user, has kept."""
+    monkeypatch.setenv("UNHORSE_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
 TARGET = 3
 Shape = tuple[int, int, int]
 

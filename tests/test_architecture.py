@@ -18,7 +18,10 @@ FOREIGN = {"torchvision", "timm", "torchmetrics"}
 PARTS = {
     **{"image_files": "datasets", "inputs": "metrics", "rates": "metrics", "victims": "zoo"},
     **{"exhibits": "report", "wording": "report", "guard_report": "report", "repair_report": "report"},
-    **{"survey": "cli", "demo": "cli"},
+    **{"scanned_model": "report", "scan_report": "report", "findings": "report", "suppression": "report"},
+    **{"sarif": "report", "junit": "report", "cyclonedx": "report", "rulebook": "rules"},
+    **{"survey": "cli", "demo": "cli", "inspection": "cli", "model_files": "cli"},
+    **{"survey_cache": "cli", "doubts": "cli"},
 }
 DEFENCE = {"core", "triggers", "metrics", "models"}
 ZOO = {"core", "datasets", "models", "attacks", "triggers", "metrics", "jobs"}
@@ -30,7 +33,9 @@ TABLE: dict[str, set[str]] = {
     "metrics": {"core"},
     "models": {"core"},
     "rules": set(),
-    "loading": {"core", "models", "rules"},
+    "checks": {"rules"},
+    "sandbox": {"rules"},
+    "loading": {"core", "models", "rules", "checks", "sandbox"},
     "attacks": {"core", "triggers", "models"},
     "scanners": DEFENCE,
     "filters": DEFENCE,

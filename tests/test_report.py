@@ -5,6 +5,8 @@ import io
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -29,6 +31,7 @@ from unhorse.core import (
     Verdict,
 )
 from unhorse.exhibits import ACCENT, FRAME, axis, contact_sheet, evidence
+from unhorse.findings import findings_of, fingerprint
 from unhorse.guard_report import MEASURES, Estimate, GuardedModel
 from unhorse.repair_report import MEASURES as CHANGES
 from unhorse.repair_report import Change, RepairedModel, summary
@@ -42,6 +45,7 @@ from unhorse.report import (
     to_json,
     to_terminal,
 )
+from unhorse.rules import Confidence, Finding, Severity
 from unhorse.wording import plain
 
 SCHEMA = json.loads(Path(unhorse.report.__file__).with_suffix(".schema.json").read_text())
@@ -80,6 +84,27 @@ def infected(**changes) -> ScannedModel:
 
 
 FAILED = ScannedModel("broken.bin", error="The file is truncated: download it again.", error_rule="truncated")
+
+
+def inspected(**changes) -> ScannedModel:
+    """A file that was looked at, and not run."""
+    found = {
+        "path": "net.onnx",
+        "sha256": "cd" * 32,
+        "size": 4096,
+        "format": "onnx",
+        "opened": "in the sandbox (landlock+seccomp+limits)",
+        "inspected": True,
+    }
+    return ScannedModel(**(found | changes))
+
+
+def refused(rule: str = "LD205", **changes) -> ScannedModel:
+    error = f"{rule} the pickle calls posix.system: ask for safetensors"
+    return inspected(path="evil.pt", format="pytorch", error=error, error_rule=rule, **changes)
+
+
+DAMAGED = inspected(path="half.onnx", error="the file ends early: download it again", error_rule="LD230")
 
 
 def guarded(*measured: str, **changes) -> GuardedModel:
@@ -217,8 +242,135 @@ def test_exit_codes(models, high, medium, none):
 
 
 def test_an_unknown_fail_on_level_is_named():
-    with pytest.raises(ValueError, match="'loud': use one of high, medium, none"):
+    with pytest.raises(ValueError, match="'loud': use one of high, medium, low, none"):
         exit_code(Report(()), "loud")
+
+
+@pytest.mark.parametrize(
+    ("models", "high", "medium", "low", "none"),
+    [
+        ((inspected(),), 0, 0, 0, 0),
+        ((refused("LD205"),), 1, 1, 1, 2),
+        ((refused("LD207"),), 2, 1, 1, 2),
+        ((refused("LD201"),), 2, 2, 1, 2),
+        ((DAMAGED,), 2, 2, 1, 2),
+        ((inspected(assumptions=("MD301 input size assumed 8x8: pass --size",)),), 0, 0, 1, 0),
+        ((inspected(assumptions=("MD302 class names absent",)),), 0, 0, 0, 0),
+        ((replace(refused("LD205"), inspected=False),), 1, 1, 1, 2),
+        ((infected(), scanned(Verdict.UNDECIDED)), 1, 1, 1, 2),
+    ],
+)
+def test_findings_decide_the_exit_code(models, high, medium, low, none):
+    codes = [exit_code(Report(models), level) for level in ("high", "medium", "low", "none")]
+    assert codes == [high, medium, low, none]
+
+
+def test_what_is_suppressed_does_not_count():
+    model = refused("LD205")
+    (finding,) = findings_of(model)
+    accepted = replace(model, findings=(replace(finding, suppressed="known"),))
+    assert exit_code(Report((accepted,)), "low") == 0
+    assert findings_of(accepted) == accepted.findings
+    assert to_json(Report((accepted,)))["incomplete"] is False
+
+
+# --- findings
+
+
+def rules_of(model: ScannedModel) -> list[tuple[str, str, str]]:
+    return [(finding.rule, finding.severity, finding.confidence) for finding in findings_of(model)]
+
+
+def test_an_infected_model_has_a_trigger_and_a_score():
+    assert rules_of(infected()) == [("BD101", "high", "high"), ("BD102", "high", "high")]
+    trigger, score = findings_of(infected())
+    assert trigger.where == score.where == "class 1"
+    assert (
+        trigger.message == "A trigger found from the model sends 75.0% of unseen inputs to class dog (no. 1)."
+    )
+    assert "7 is past its threshold 3 (p = 0.05 against 19 benign models)" in score.message
+
+
+def test_a_suspicious_model_has_one_of_the_two():
+    past = {"score": 7.0, "threshold": 3.0, "target": 1}
+    assert rules_of(scanned(Verdict.SUSPICIOUS, **past)) == [("BD102", "medium", "low")]
+    trigger = {1: ReconstructedTrigger(torch.zeros(1, 8, 8), torch.ones(3, 8, 8), 0.95)}
+    below = scanned(Verdict.SUSPICIOUS, score=2.0, threshold=3.0, triggers=trigger)
+    assert rules_of(below) == [("BD101", "medium", "medium")]
+    assert rules_of(scanned(Verdict.SUSPICIOUS, **past, triggers=trigger))[0][0] == "BD102"
+    unlikely = Reference("r", tuple(float(value) for value in range(30)))
+    against = {"reference": unlikely, "p_value": 0.5, "triggers": trigger}
+    assert rules_of(scanned(Verdict.SUSPICIOUS, **past, **against))[0][0] == "BD101"
+
+
+def test_a_model_without_a_sign_has_no_finding():
+    assert findings_of(scanned(score=1.0, threshold=3.0)) == ()
+
+
+def test_what_was_not_judged_and_what_was_assumed_are_findings():
+    assert rules_of(scanned(Verdict.UNDECIDED, reason="one class")) == [("BD103", "low", "high")]
+    assert rules_of(FAILED) == [("BD104", "low", "high")]
+    assert rules_of(refused()) == [("LD205", "high", "high")]
+    assert findings_of(refused())[0].message == "the pickle calls posix.system: ask for safetensors"
+    lines = (
+        "MD301 input size assumed 8x8: the weights fit others too; pass --size",
+        "MD301 input normalisation assumed mean 0.5 for pixels in 0..1: pass --mean/--std/--range",
+        "MD999 not a rule",
+        "classes counted from the last layer",
+    )
+    size, normalisation = findings_of(replace(scanned(), assumptions=lines))
+    assert (size.where, normalisation.where) == ("input size", "input normalisation")
+    assert size.remedy.endswith("--size HEIGHT WIDTH") and "--mean MEAN --std STD" in normalisation.remedy
+
+
+def test_a_remedy_is_a_command_that_a_shell_takes_as_it_is():
+    path = "my models/$(touch x); 'net'.pt"
+    remedy = findings_of(replace(infected(), path=path))[0].remedy
+    assert remedy.startswith("""unhorse repair 'my models/$(touch x); '"'"'net'"'"'.pt' --clean""")
+    assert findings_of(replace(infected(), path="--html=x"))[0].remedy.startswith(
+        "unhorse repair ./--html=x "
+    )
+
+
+def test_an_attached_finding_stands_for_the_derived_one_and_the_gravest_comes_first():
+    low = Finding("MD304", "no Landlock", "use Linux", Severity.LOW)
+    own = Finding("LD205", "calls os.system", "ask", Severity.HIGH, Confidence.MEDIUM, "data.pkl")
+    assert findings_of(refused(findings=(low, own))) == (own, low)
+
+
+def test_a_fingerprint_depends_on_file_rule_and_place_and_nothing_else():
+    model = infected()
+    first, second = findings_of(model)
+    moved = replace(model, path="elsewhere.pt")
+    same = fingerprint(moved, replace(first, message="other words", severity=Severity.LOW))
+    assert same == fingerprint(model, first) and len(same) == 64
+    assert len({same, fingerprint(model, second), fingerprint(replace(model, sha256="0"), first)}) == 3
+
+
+def test_an_inspected_file_is_not_scanned_and_no_failure():
+    assert inspected().verdict == refused().verdict == "NOT SCANNED" and inspected().reason == ""
+    assert DAMAGED.verdict == "FAILED"
+    document = json.loads(dumps(Report((inspected(), refused(), DAMAGED))))
+    jsonschema.validate(document, SCHEMA)
+    first = document["models"][0]
+    assert (first["format"], first["size"], first["findings"]) == ("onnx", 4096, [])
+    assert first["opened"] == "in the sandbox (landlock+seccomp+limits)"
+    assert document["summary"]["NOT SCANNED"] == 2 and document["incomplete"] is True
+    assert document["models"][1]["findings"][0]["rule"] == "LD205"
+
+
+def test_reports_of_inspected_files_need_no_torch():
+    code = """
+import sys
+from unhorse.report import Report, ScannedModel, dumps, exit_code, to_terminal
+from unhorse.report import to_cyclonedx, to_junit, to_sarif
+from unhorse.suppression import Config, apply
+report = apply(Report((ScannedModel("a.pt", inspected=True),)), Config())
+dumps(report), to_sarif(report), to_junit(report), to_cyclonedx(report), to_terminal(report)
+print(exit_code(report), "torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == ("0 False", 0), done.stderr
 
 
 # --- text from attackers
@@ -277,8 +429,31 @@ def test_escape_sequences_and_invisible_characters_are_removed(evil):
     assert not re.search("[\x00\x07\x1b\x9b\u202e\u2066\u200b]", page(infected(names=(evil,) * 3)))
 
 
+def test_hostile_findings_are_inert_on_the_page_and_in_the_terminal():
+    evil = "<script>alert(1)</script>\x1b[2J\u202e\x00" + "A" * 1_000_000
+    finding = Finding("LD205", evil, evil, Severity.HIGH, where=evil, suppressed="")
+    muted = replace(finding, where="b", suppressed=evil)
+    model = inspected(path=evil, format=evil, opened=evil, findings=(finding, muted))
+    html = to_html(Report((model,), warnings=(evil,)))
+    tags = Tags()
+    tags.feed(html)
+    assert not tags.names & {"script", "img", "link", "iframe"} and "&lt;script&gt;" in html
+    assert not re.search("[\x00\x1b\u202e]", html) and len(html) < 60_000
+    text = terminal(model)
+    assert "\x1b[2J" not in text and "\u202e" not in text and len(text) < 30_000
+    document = dumps(Report((model,), warnings=(evil,)))
+    assert document.isascii() and "\\u202e" not in document.split('"findings"')[1]
+
+
 def test_rich_markup_in_names_does_not_act():
     assert "[link=https://evil.example]x" in terminal(replace(FAILED, path="[link=https://evil.example]x"))
+
+
+@pytest.mark.parametrize(
+    "text", ["", " a  b ", "x" * 118, "tab\tand\nline", "<&>'", "a" * 100 + "  " + "b" * 17]
+)
+def test_plain_text_is_cleaned_in_the_same_way_with_and_without_other_letters(text):
+    assert plain(f"é {text}") == f"é {plain(text)}".rstrip()
 
 
 def test_long_names_keep_both_ends():
@@ -294,6 +469,57 @@ def test_names_of_a_megabyte_do_not_fill_the_page():
 
 
 # --- the page
+
+
+def test_the_page_of_an_inspection_says_what_was_looked_at_and_found():
+    low = "MD301 input size assumed 8x8: pass --size"
+    html = page(inspected(assumptions=(low,)), refused(), DAMAGED)
+    for words in (
+        "Inspection of 3 models",
+        "<strong>NOT SCANNED</strong>",
+        "<code>LD205</code>",
+        "confidence high",
+        "the pickle calls posix.system",
+        "in the sandbox (landlock+seccomp+limits)",
+        "0.0041 MB",
+        "cd" * 32,
+        "unhorse scan net.onnx --size HEIGHT WIDTH",
+        "scan it",
+    ):
+        assert words in html, words
+    assert "Trojan scan of" not in html
+    assert html.index("evil.pt") < html.index("half.onnx") < html.index("net.onnx")
+    assert re.findall(r'<article id="model-\d" class="([^"]*)"', html) == [
+        "not-scanned high",
+        "failed low",
+        "not-scanned low",
+    ]
+    assert html.count("breaks a rule and was not opened") == 1 and "Do not use this file" in html
+
+
+def test_the_page_shows_findings_with_severity_confidence_and_remedy():
+    muted = replace(findings_of(infected())[1], suppressed="accepted by the board (until 2030-01-01)")
+    html = page(replace(infected(), findings=(muted,)))
+    title = "<b>A trigger was demonstrated</b>"
+    assert f'class="finding high"><p><code>BD101</code> {title} <span class="level">high</span>' in html
+    assert "unhorse repair model.safetensors --clean IMAGES --method unlearning -o cured" in html
+    assert 'class="finding high quiet"' in html and "Suppressed: accepted by the board" in html
+
+
+def test_thousands_of_findings_leave_the_page_small():
+    many = tuple(
+        Finding("LD217", f"node {place}", "ask", Severity.HIGH, where=f"n{place}") for place in range(5000)
+    )
+    html = page(inspected(findings=many))
+    assert html.count('class="finding high"') == 50 and "50 of 5000 findings" in html
+
+
+def test_warnings_of_a_report_are_shown():
+    report = Report((scanned(),), warnings=("an entry expired",))
+    console = Console(width=100, file=io.StringIO())
+    console.print(to_terminal(report))
+    assert "an entry expired" in to_html(report) and "warning: an entry expired" in console.file.getvalue()
+    assert to_json(report)["warnings"] == ["an entry expired"]
 
 
 def test_the_page_states_verdict_target_reference_and_command():
@@ -463,6 +689,11 @@ def test_the_page_of_a_repair_states_both_verdicts_and_what_changed():
         "<dd><bdi>not m", ""
     )
     assert "No model was found" not in html and "Trojan scan of" not in html and "1 repaired model" in html
+
+
+def test_a_cured_model_that_was_not_scanned_is_not_called_an_inspected_file():
+    html = to_html(Report(repairs=(repaired("agreement", after=None),)))
+    assert "INFECTED → NOT SCANNED" in html and "nothing of it was run" not in html
 
 
 def test_the_page_of_a_repair_says_what_is_not_known():
@@ -646,13 +877,34 @@ def test_the_terminal_shows_one_row_per_model_and_what_to_do():
         assert words in text
 
 
+def test_the_terminal_shows_findings_and_what_was_inspected():
+    text = re.sub(r"\x1b\[[\d;]*m", "", terminal(inspected(), refused()))
+    assert re.search(r"net.onnx +NOT SCANNED +onnx +0.0041 +cdcdcdcdcdcd", text)
+    assert re.search(r"finding +LD205 high, confidence high: the pickle calls posix.system: ask", text)
+    assert "reason" not in text
+    assert "score / threshold" not in text and "ask the publisher" in text
+    assert re.search(r"opened +in the sandbox", text)
+    found = re.sub(r"\x1b\[[\d;]*m", "", terminal(infected()))
+    assert re.search(r"finding +BD101 high, confidence high: A trigger found", found)
+    assert "unhorse repair model.safetensors" in found
+
+
+def test_all_five_files_are_written_at_once(tmp_path):
+    paths = {name: tmp_path / name for name in ("html", "json", "sarif", "junit", "cyclonedx")}
+    save(Report((infected(), refused())), **paths)
+    starts = {name: path.read_text()[:60].lstrip()[:1] for name, path in paths.items()}
+    assert starts == {"html": "<", "json": "{", "sarif": "{", "junit": "<", "cyclonedx": "{"}
+    assert json.loads(paths["sarif"].read_text())["version"] == "2.1.0"
+    assert json.loads(paths["cyclonedx"].read_text())["bomFormat"] == "CycloneDX"
+
+
 def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     html, document = tmp_path / "new" / "report.html", tmp_path / "new" / "report.json"
     html.parent.mkdir()
     html.write_text("old")
     save(Report((infected(),)), html=html, json=document)
     assert html.read_text().rstrip().endswith("</html>")
-    assert json.loads(document.read_text())["schema"] == "unhorse-report-1"
+    assert json.loads(document.read_text())["schema"] == "unhorse-report-2"
     assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
 
 

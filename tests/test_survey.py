@@ -11,7 +11,9 @@ import torch
 from PIL import Image
 
 from conftest import TARGET, small_victim
-from unhorse.core import ScanResult, Verdict
+from unhorse.core import Classifier, ScanResult, Verdict
+from unhorse.doubts import doubts
+from unhorse.model_files import find_models
 from unhorse.models.classifier import save_classifier
 from unhorse.report import ScannedModel
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
@@ -21,12 +23,11 @@ from unhorse.survey import (
     cache_folder,
     clean_images,
     environment,
-    find_models,
     make_scanner,
     scan_models,
 )
 
-QUICK = Request(effort="quick")
+QUICK = Request(effort="quick", cached=False)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +51,7 @@ def test_a_folder_gives_classifier_folders_and_model_files_below_it(victims, tmp
     for name in ("a.pt", "b.safetensors", "notes.txt", "deep/c.pth"):
         (tmp_path / "zoo" / name).write_bytes(b"")
     found = [str(path.relative_to(tmp_path / "zoo")) for path in find_models([tmp_path / "zoo"])]
-    assert found == ["deep/benign", "deep/infected", "a.pt", "b.safetensors", "deep/c.pth"]
+    assert found == ["a.pt", "b.safetensors", "deep/benign", "deep/c.pth", "deep/infected"]
 
 
 def test_what_is_named_is_taken_as_it_is(victims, tmp_path):
@@ -93,7 +94,7 @@ def test_two_workers_give_what_one_gives(report, victims):
 
 
 def test_an_error_inside_a_scan_is_that_models_failure(victims, monkeypatch):
-    def fail(self: ActivationOutlier, model: object, clean: object) -> None:
+    def fail(self: ActivationOutlier, model: object, clean: object, on_step: object) -> None:
         raise RuntimeError("out of luck")
 
     monkeypatch.setattr(ActivationOutlier, "scan", fail)
@@ -168,3 +169,52 @@ def test_the_environment_names_versions_and_threads():
 def test_the_cache_folder_can_be_moved(tmp_path, monkeypatch):
     monkeypatch.setenv("UNHORSE_CACHE", str(tmp_path))
     assert cache_folder() == tmp_path
+
+
+# --- what was only assumed ----------------------------------------------------------------------------------
+
+
+class Gauge:
+    """Stands for a scanner whose score follows the deviation that it is told."""
+
+    threshold = 0.7
+
+    def __init__(self, scores: dict[float, float], seconds: float = 1.0) -> None:
+        self.scores, self.seconds = scores, seconds
+
+    def estimate(self, model: Classifier) -> float:
+        return self.seconds
+
+    def measure(self, model: Classifier) -> ScanResult:
+        score = self.scores.get(round(float(model.std.flatten()[0]), 4), 0.1)
+        return ScanResult(Verdict.UNDECIDED, "gauge", score=score)
+
+
+def assumed(std: float = 1.0, line: str = "MD301 input normalisation assumed") -> Classifier:
+    model = small_victim()
+    return Classifier(
+        model.network,
+        image_shape=model.image_shape,
+        class_names=model.class_names,
+        std=(std,),
+        assumptions=(line,),
+    )
+
+
+def test_a_verdict_that_hangs_on_an_assumed_normalisation_says_so():
+    found = ScanResult(Verdict.NO_SIGN_FOUND, "gauge", score=0.2)
+    (line,) = doubts(Gauge({0.0039: 0.9}), assumed(), found)
+    assert "0.2 as assumed, 0.9 for pixels 0..255" in line and "--mean" in line
+
+
+@pytest.mark.parametrize(
+    ("gauge", "model"),
+    [
+        (Gauge({}), assumed()),  # the score stays on its side
+        (Gauge({1.0: 0.9}), assumed()),  # what was assumed is not tried again
+        (Gauge({0.0039: 0.9}), assumed(line="MD302 no names")),  # the file says it
+        (Gauge({0.0039: 0.9}, seconds=1e4), assumed()),  # nobody waits for that
+    ],
+)
+def test_a_verdict_that_does_not_is_not_doubted(gauge, model):
+    assert doubts(gauge, model, ScanResult(Verdict.NO_SIGN_FOUND, "gauge", score=0.2)) == []

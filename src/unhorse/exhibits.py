@@ -14,16 +14,11 @@ from markupsafe import Markup
 from PIL import Image
 
 from unhorse.core import Bars, Exhibit, Histogram, ImageGrid, ScanResult
-from unhorse.wording import percent, plain
+from unhorse.wording import class_name, percent, plain
 
 PICTURE_BYTES = 1_800_000
 MAX_TILES, MAX_BARS, BINS = 120, 40, 24
 FRAME, GAP, ACCENT = 3, 2, (208, 52, 44)
-
-
-def class_name(names: Sequence[str], index: int) -> str:
-    """The name of class `index`, its number where there is none."""
-    return plain(names[index]) if 0 <= index < len(names) else str(index)
 
 
 def evidence(result: ScanResult, class_names: Sequence[str] = ()) -> tuple[Exhibit, ...]:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from unhorse.core import Exhibit, Table
 from unhorse.wording import PROSE_LENGTH, finite, number, percent, plain
+
+if TYPE_CHECKING:
+    from unhorse.core import Exhibit, Table
 
 NOT_MEASURED = "not measured"
 POLICIES = {
@@ -93,6 +95,8 @@ class GuardedModel:
 
     def table(self) -> Table:
         """The measures as rows; those that were not measured say so."""
+        from unhorse.core import Table
+
         attacked = any(name in self.measures for name in TROJAN_MEASURES)
         rows = [self._row(name, words) for name, words in (MEASURES if attacked else CLEAN_MEASURES).items()]
         if not attacked:

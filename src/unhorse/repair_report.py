@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from unhorse.core import Exhibit, ScanResult, Table
-from unhorse.exhibits import class_name
 from unhorse.guard_report import NOT_MEASURED, Estimate
-from unhorse.wording import PROSE_LENGTH, STYLES, finite, percent, plain
+from unhorse.wording import NOT_SCANNED, PROSE_LENGTH, STYLES, class_name, finite, percent, plain
 
-NOT_SCANNED = "NOT SCANNED"
+if TYPE_CHECKING:
+    from unhorse.core import Exhibit, ScanResult, Table
+
 MEASURES = {
     "clean_accuracy": "clean accuracy",
     "agreement": "same class as before",
@@ -81,6 +81,8 @@ class RepairedModel:
 
     def table(self) -> Table:
         """Before and after in rows, with 95 % intervals; what was not measured says so."""
+        from unhorse.core import Table
+
         note = (
             f"Measured on {self.held_out:,} clean images that neither repair nor scans saw. The reversed "
             "trigger is the one found before the repair; its share is of images of other classes."

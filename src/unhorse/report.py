@@ -3,90 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 from markupsafe import Markup
-from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table as TerminalTable
 from rich.text import Text
 
-from unhorse.core import ImageGrid, ScanResult, Verdict
-from unhorse.exhibits import PICTURE_BYTES, axis, bins, class_name, contact_sheet, evidence, points, tallest
+from unhorse.cyclonedx import to_cyclonedx
+from unhorse.findings import counted, findings_of, incomplete, worst
 from unhorse.guard_report import POLICIES, GuardedModel, guard_json, guard_terminal
+from unhorse.junit import to_junit
 from unhorse.repair_report import RepairedModel, repair_json, repair_terminal
-from unhorse.wording import (
-    FAILED,
-    MEANING,
-    ORDER,
-    PROSE_LENGTH,
-    REMEDY,
-    SEVERITY,
-    STYLES,
-    Severity,
-    finite,
-    number,
-    percent,
-    plain,
-)
+from unhorse.rulebook import RULES
+from unhorse.rules import Severity
+from unhorse.sarif import to_sarif
+from unhorse.scan_report import SHOWN, model_json, models_terminal
+from unhorse.scanned_model import ScannedModel
+from unhorse.wording import MEANING, ORDER, PROSE_LENGTH, finite, number, percent, plain
 
-SCHEMA = "unhorse-report-1"
+__all__ = ["Report", "ScannedModel", "dumps", "exit_code", "save", "to_html", "to_json", "to_terminal"]
+
+SCHEMA = "unhorse-report-2"
 PAGE_BYTES = 3_000_000
-
-
-@dataclass(frozen=True)
-class ScannedModel:
-    """One model file: what it is, what was assumed, and its scan result or the error that prevented one.
-
-    `sha256` is of the file or of its weights; `error_rule` names the broken rule, for programs.
-    """
-
-    path: str
-    sha256: str = ""
-    architecture: str = ""
-    image_shape: tuple[int, ...] = ()
-    class_names: tuple[str, ...] = ()
-    assumptions: tuple[str, ...] = ()
-    result: ScanResult | None = None
-    error: str = ""
-    error_rule: str = ""
-    seconds: float = math.nan
-
-    @property
-    def verdict(self) -> str:
-        """The verdict's word; FAILED where there is an error or no result."""
-        return FAILED if self.error or self.result is None else str(self.result.verdict)
-
-    @property
-    def severity(self) -> Severity:
-        return SEVERITY.get(self.verdict, Severity.NONE)
-
-    @property
-    def reason(self) -> str:
-        if self.error or self.result is None:
-            return self.error or "The scan ended without a result."
-        return self.result.reason
-
-    @property
-    def remedy(self) -> str:
-        return REMEDY[self.verdict]
-
-    def class_name(self, index: int | None) -> str | None:
-        """The name of class `index`, its number where the model names none, or None."""
-        return None if index is None else class_name(self.class_names, index)
 
 
 @dataclass(frozen=True)
 class Report:
     """All models, guards and repairs of one command (argv); `environment`: versions, device, seed ...;
-    `created`: ISO 8601.
+    `created`: ISO 8601; `warnings` concern no single model.
     """
 
     models: tuple[ScannedModel, ...] = ()
@@ -95,31 +44,52 @@ class Report:
     created: str = ""
     guards: tuple[GuardedModel, ...] = ()
     repairs: tuple[RepairedModel, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def exit_code(report: Report, fail_on: str = Severity.MEDIUM) -> int:
-    """1 a finding at or above `fail_on`, else 2 a model FAILED or UNDECIDED, 3 no models, 0 otherwise."""
+    """1 a finding at or above `fail_on` that is not suppressed, else 2 a model not judged or not opened, 3 no
+    models, 0 otherwise.
+    """
     if fail_on not in tuple(Severity):
         raise ValueError(f"fail_on is {fail_on!r}: use one of {', '.join(Severity)}")
-    loud = {"high": {"high"}, "medium": {"high", "medium"}, "none": set()}[fail_on]
     if not report.models:
         return 3
-    if any(model.severity in loud for model in report.models):
+    least = Severity(fail_on).rank or 1 + Severity.HIGH.rank
+    if any(finding.severity.rank >= least for model in report.models for finding in counted(model)):
         return 1
-    return 2 if any(model.verdict in (FAILED, Verdict.UNDECIDED) for model in report.models) else 0
+    return 2 if any(map(incomplete, report.models)) else 0
 
 
-def save(report: Report, *, html: Path | None = None, json: Path | None = None) -> None:
-    """Write the page and the JSON; a reader sees the old file or the whole new one, never a part."""
-    if html is not None:
-        _replace(Path(html), to_html(report))
-    if json is not None:
-        _replace(Path(json), dumps(report))
+def save(
+    report: Report,
+    *,
+    html: Path | None = None,
+    json: Path | None = None,
+    sarif: Path | None = None,
+    junit: Path | None = None,
+    cyclonedx: Path | None = None,
+) -> None:
+    """Write the files asked for; a reader sees the old file or the whole new one, never a part."""
+    writers: tuple[tuple[Path | None, Callable[[Report], str]], ...] = (
+        (html, to_html),
+        (json, dumps),
+        (sarif, lambda report: _text(to_sarif(report))),
+        (junit, to_junit),
+        (cyclonedx, lambda report: _text(to_cyclonedx(report))),
+    )
+    for path, write in writers:
+        if path is not None:
+            _replace(Path(path), write(report))
 
 
 def dumps(report: Report) -> str:
     """The JSON text of a report: ASCII only, so that no terminal acts on a name in it."""
-    return json.dumps(to_json(report), indent=2, allow_nan=False) + "\n"
+    return _text(to_json(report))
+
+
+def _text(document: Mapping[str, object]) -> str:
+    return json.dumps(document, indent=2, allow_nan=False) + "\n"
 
 
 def _replace(path: Path, text: str) -> None:
@@ -144,55 +114,12 @@ def to_json(report: Report) -> dict[str, object]:
         "command": list(report.command),
         "environment": finite(report.environment),
         "summary": {verdict: counts[verdict] for verdict in ORDER},
-        "models": [_model_json(model) for model in report.models],
+        "incomplete": any(map(incomplete, report.models)),
+        "warnings": [plain(text, PROSE_LENGTH) for text in report.warnings],
+        "models": [*map(model_json, report.models)],
     }
     guards, repairs = [guard_json(guard) for guard in report.guards], [*map(repair_json, report.repairs)]
     return document | ({"guards": guards} if guards else {}) | ({"repairs": repairs} if repairs else {})
-
-
-def _model_json(model: ScannedModel) -> dict[str, object]:
-    result = model.result or ScanResult(Verdict.UNDECIDED, "")
-    reference = result.reference
-    content = {
-        "path": model.path,
-        "sha256": model.sha256,
-        "verdict": model.verdict,
-        "severity": model.severity,
-        "reason": plain(model.reason, PROSE_LENGTH),
-        "remedy": model.remedy,
-        "error_rule": model.error_rule,
-        "architecture": plain(model.architecture),
-        "image_shape": model.image_shape,
-        "class_names": [plain(name) for name in model.class_names],
-        "assumptions": [plain(text, PROSE_LENGTH) for text in model.assumptions],
-        "scanner": result.scanner,
-        "score": result.score,
-        "threshold": result.threshold,
-        "p_value": result.p_value,
-        "class_scores": result.class_scores,
-        "reached": result.reached,
-        "target": None
-        if result.target is None
-        else {"index": result.target, "name": model.class_name(result.target)},
-        "triggers": [
-            {
-                "target": target,
-                "name": model.class_name(target),
-                "flip_rate": trigger.flip_rate,
-                "mask_share": float(trigger.mask.float().mean()),
-            }
-            for target, trigger in sorted(result.triggers.items())
-        ],
-        "reference": None
-        if reference is None
-        else {"name": plain(reference.name), "n": len(reference.scores)},
-        "facts": result.facts,
-        "warnings": [plain(text, PROSE_LENGTH) for text in result.warnings],
-        "seconds": model.seconds,
-    }
-    document = finite(content)
-    assert isinstance(document, dict)
-    return document
 
 
 # --- the page -----------------------------------------------------------------------------------------------
@@ -200,24 +127,34 @@ def _model_json(model: ScannedModel) -> dict[str, object]:
 
 def to_html(report: Report) -> str:
     """One page without scripts or outside references, under 3 MB, if need be with fewer details."""
-    models = sorted(report.models, key=lambda model: ORDER.index(model.verdict))
+    models = sorted(report.models, key=_gravity)
     page = ""
-    for detailed in (len(models), 32, 8, 2, 1):
+    for detailed in (len(models), *(fewer for fewer in (32, 8, 2, 1) if fewer < len(models))):
         page = _render(report, models, detailed)
         if len(page.encode()) < PAGE_BYTES:
             break
     return page
 
 
+def _gravity(model: ScannedModel) -> tuple[int, int]:
+    """The worst finding first, then the worst verdict."""
+    return -worst(model).rank, ORDER.index(model.verdict)
+
+
 def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> str:
+    import jinja2
+
+    from unhorse import exhibits as drawing
+    from unhorse.core import ImageGrid
+
     shown = [
-        (model, evidence(model.result, model.class_names) if model.result else ())
+        (model, drawing.evidence(model.result, model.class_names) if model.result else ())
         for model in models[:detailed]
     ]
     drawn = [exhibits for _, exhibits in shown] + [guard.exhibits for guard in report.guards]
     drawn += [repaired.exhibits for repaired in report.repairs]
     grids = sum(isinstance(exhibit, ImageGrid) for exhibits in drawn for exhibit in exhibits)
-    budget = PICTURE_BYTES // max(1, grids)
+    budget = drawing.PICTURE_BYTES // max(1, grids)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         undefined=jinja2.StrictUndefined,
@@ -231,16 +168,21 @@ def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> st
         report=report,
         models=models,
         evidence=shown,
+        inspected=bool(models) and all(model.inspected for model in models),
+        findings_of=findings_of,
+        worst=worst,
+        most=SHOWN,
+        titles={rule.id: rule.title for rule in RULES.values()},
         meaning=MEANING,
         policies=POLICIES,
         command=shlex.join(report.command),
         counts=Counter(model.verdict for model in models),
         kind=lambda exhibit: type(exhibit).__name__,
-        contact_sheet=lambda grid: contact_sheet(grid, budget),
-        axis=axis,
-        tallest=tallest,
-        bins=bins,
-        points=points,
+        contact_sheet=lambda grid: drawing.contact_sheet(grid, budget),
+        axis=drawing.axis,
+        tallest=drawing.tallest,
+        bins=drawing.bins,
+        points=drawing.points,
     )
 
 
@@ -252,43 +194,8 @@ def _prose(text: object) -> str:
 
 
 def to_terminal(report: Report) -> RenderableType:
-    """A rich table with one row per model; below it what each model's owner should know and do."""
+    """A table of the models and what to do about each; below it the guards, the repairs and the warnings."""
     others = [*map(guard_terminal, report.guards), *map(repair_terminal, report.repairs)]
-    if others and not report.models:
-        return Group(*others)
-    table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("model", overflow="fold")
-    table.add_column("verdict", no_wrap=True)
-    for column in ("score / threshold", "p", "target", "flips", "seconds"):
-        table.add_column(column, justify="left" if column == "target" else "right", overflow="fold")
-    for model in report.models:
-        table.add_row(*_terminal_row(model))
-    return Group(table, *(part for model in report.models for part in _terminal_notes(model)), *others)
-
-
-def _terminal_row(model: ScannedModel) -> list[Text]:
-    result = model.result or ScanResult(Verdict.UNDECIDED, "")
-    trigger = None if result.target is None else result.triggers.get(result.target)
-    cells = [
-        f"{number(result.score)} / {number(result.threshold)}",
-        number(result.p_value),
-        plain(model.class_name(result.target) or "–", 24),
-        percent(trigger.flip_rate if trigger else None),
-        "–" if not math.isfinite(model.seconds) else f"{model.seconds:.1f}",
-    ]
-    return [
-        Text(plain(model.path)),
-        Text(model.verdict, STYLES.get(model.verdict, "bold magenta")),
-        *map(Text, cells),
-    ]
-
-
-def _terminal_notes(model: ScannedModel) -> tuple[Text, TerminalTable]:
-    warnings = model.result.warnings if model.result else ()
-    rule = f" [{model.error_rule}]" if model.error_rule else ""
-    lines = [("reason", model.reason + rule)] if model.reason else []
-    lines += [("assumed", text) for text in model.assumptions] + [("warning", text) for text in warnings]
-    notes = TerminalTable.grid(padding=(0, 0, 0, 2), pad_edge=True)
-    for word, text in [*lines, ("to do", model.remedy)]:
-        notes.add_row(Text(word, "dim"), Text(plain(text, PROSE_LENGTH)))
-    return Text(plain(model.path), "bold"), notes
+    warnings = [Text(f"warning: {plain(text, PROSE_LENGTH)}", "yellow") for text in report.warnings]
+    models = [] if others and not report.models else [models_terminal(report.models)]
+    return Group(*models, *others, *warnings)

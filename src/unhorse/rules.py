@@ -7,12 +7,17 @@ from enum import StrEnum
 
 
 class Severity(StrEnum):
-    """How bad it is if the finding is right."""
+    """How bad it is if the finding is right; NONE is for what is only worth knowing."""
 
     HIGH = "high"
     MEDIUM = "medium"
     LOW = "low"
     NONE = "none"
+
+    @property
+    def rank(self) -> int:
+        """0 for NONE up to 3 for HIGH."""
+        return ("none", "low", "medium", "high").index(self)
 
 
 class Confidence(StrEnum):
@@ -25,7 +30,10 @@ class Confidence(StrEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """What `unhorse explain` prints: `why` it matters, the `remedy`, and where to read more."""
+    """What `unhorse explain` prints: `why` it matters, the `remedy`, and where to read more.
+
+    PATH in the remedy stands for the model's file.
+    """
 
     id: str
     title: str
@@ -37,7 +45,10 @@ class Rule:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found in a model file; `where` names the member, tensor or class. All text may be hostile."""
+    """One thing found in a model file; `where` names the member, tensor or class. All text may be hostile.
+
+    `suppressed` says why it does not count; empty: it counts.
+    """
 
     rule: str
     message: str
@@ -45,6 +56,7 @@ class Finding:
     severity: Severity
     confidence: Confidence = Confidence.HIGH
     where: str = ""
+    suppressed: str = ""
 
 
 class LoadRefused(ValueError):

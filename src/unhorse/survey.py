@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -16,17 +15,22 @@ from typing import Any
 import torch
 
 from unhorse import jobs
-from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResult
-from unhorse.datasets import load_dataset
-from unhorse.image_files import read_parquet
+from unhorse.cli.clean_images import clean_images
+from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResult, Verdict
+from unhorse.doubts import doubts
 from unhorse.jobs import say
-from unhorse.loading.formats import load_model
+from unhorse.loading.formats import Opened
+from unhorse.loading.sources import opened
+from unhorse.model_files import find_models
+from unhorse.model_files import load as open_with
 from unhorse.models.classifier import weights_hash
+from unhorse.models.graph import GRAPH
 from unhorse.report import Report, ScannedModel
 from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.neural_cleanse import NeuralCleanse
 from unhorse.scanners.signature_scanner import SignatureScanner
+from unhorse.survey_cache import ScanCache, scan_key, stamp
 
 OUTLIER, NEURAL_CLEANSE = "activation-outlier", "neural-cleanse"
 INTERVAL = 10.0
@@ -36,14 +40,14 @@ CLEANSE_EFFORTS = {
     "standard": NeuralCleanse(),
     "deep": NeuralCleanse(repeats=3),
 }
-MODEL_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 
 
 @dataclass(frozen=True)
 class Request:
     """How models are to be scanned. `scanner` is the folder of a fitted one, or OUTLIER or NEURAL_CLEANSE.
 
-    `loading` holds arguments of load_model; None in it means: as the file says.
+    `loading` holds arguments of load_model; None in it means: as the file says. A scan is given up after
+    `timeout` seconds; with `cached` what was scanned before is taken from there.
     """
 
     scanner: Path | str | None = None
@@ -53,6 +57,8 @@ class Request:
     device: str = "auto"
     seed: int = 0
     loading: Mapping[str, Any] = field(default_factory=dict)
+    timeout: float | None = None
+    cached: bool = True
 
     def __post_init__(self) -> None:
         if self.loading.get("channels") is not None and self.loading.get("image_size") is None:
@@ -65,25 +71,10 @@ class Request:
                 raise ValueError(f"there is no folder {folder}")
 
 
-def find_models(paths: Sequence[Path]) -> list[Path]:
-    """The models that `paths` name: a classifier folder or a file as it is, any other folder with all the
-    models below it.
-    """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir() or (path / "card.json").exists():
-            found.append(path)
-            continue
-        inside = [card.parent for card in sorted(path.rglob("card.json"))]
-        files = sorted(file for file in path.rglob("*") if file.suffix in MODEL_SUFFIXES and file.is_file())
-        found += inside + [file for file in files if not any(folder in file.parents for folder in inside)]
-    return found
-
-
 def make_scanner(request: Request, *, device: torch.device) -> ModelScanner:
     """The scanner of a request: by its name at the requested effort, or a fitted one from its folder."""
     if request.scanner is None or str(request.scanner) == OUTLIER:
-        return replace(EFFORTS[request.effort], seed=request.seed)
+        return replace(EFFORTS[request.effort], seed=request.seed, budget=request.timeout)
     if str(request.scanner) == NEURAL_CLEANSE:
         return replace(CLEANSE_EFFORTS[request.effort], seed=request.seed)
     folder = Path(request.scanner)
@@ -94,7 +85,7 @@ def scan_with(scanner: ModelScanner, model: Classifier, clean: Dataset | None, *
     """Scans one model, with a word to who waits on how long it takes; `label` says what is scanned."""
     if isinstance(scanner, ActivationOutlier):
         say(f"{label}: about {scanner.estimate(model):.0f} s")
-    if isinstance(scanner, NeuralCleanse):
+    if isinstance(scanner, NeuralCleanse | ActivationOutlier):
         return scanner.scan(model, clean, on_step=_steps(label))
     return scanner.scan(model, clean)
 
@@ -182,13 +173,41 @@ class _Scan:
 
     def __call__(self) -> ScannedModel:
         started = time.monotonic()
+        sha256, size, kind = "", 0, ""
         try:
-            model = load(self.path, self.request.loading)
+            with opened(self.path) as source:
+                sha256, size, kind = source.sha256, source.size, source.format
+                source.check()
+            kept = ScanCache(cache_folder() / "scans")
+            if self.request.cached and (found := kept.read(self._key(sha256))) is not None:
+                say(f"{self.path}: scanned before, taken from the cache (--no-cache scans again)")
+                return replace(found, path=str(self.path))
+            file = open_with(self.path, self.request.loading)
         except (LoadRefused, LoadFailed) as error:
-            rule = getattr(error, "rule", "")
             return ScannedModel(
-                str(self.path), sha256=_file_hash(self.path), error=str(error), error_rule=rule
+                str(self.path),
+                sha256=sha256,
+                size=size,
+                format=kind,
+                error=str(error),
+                error_rule=error.rule,
+                seconds=time.monotonic() - started,
             )
+        result = self._scanned(file.model)
+        scanned = describe(self.path, file.model, file, seconds=time.monotonic() - started, result=result)
+        if result.verdict is not Verdict.UNDECIDED:
+            kept.write(self._key(file.sha256), scanned)
+        return scanned
+
+    def _key(self, sha256: str) -> str:
+        request = asdict(self.request) | {
+            "files": [stamp(self.request.clean), stamp(_folder_of(self.request.scanner))],
+            "reference": self.reference and self.reference.scores,
+            "environment": environment(self.request.device),
+        }
+        return scan_key(sha256, request)
+
+    def _scanned(self, model: Classifier) -> ScanResult:
         device = choose_device(self.request.device)
         model.to(device)
         scanner = make_scanner(self.request, device=device)
@@ -199,57 +218,50 @@ class _Scan:
             scanner.reference_ = self.reference
         clean = clean_images(self.request.clean, model)
         result = scan_with(scanner, model, clean, label=f"{self.path} ({self.request.effort})")
-        return describe(self.path, model, seconds=time.monotonic() - started, result=result)
+        if isinstance(scanner, ActivationOutlier):
+            result = replace(result, warnings=(*result.warnings, *doubts(scanner, model, result)))
+        return result
 
 
-def describe(path: Path, model: Classifier, **fields: Any) -> ScannedModel:
-    """A model's line in the report."""
+def _folder_of(scanner: Path | str | None) -> Path | None:
+    return None if scanner is None or str(scanner) in (OUTLIER, NEURAL_CLEANSE) else Path(scanner)
+
+
+def describe(path: Path, model: Classifier, file: Opened | None = None, **fields: Any) -> ScannedModel:
+    """A model's line in the report; `file` says what it was opened from."""
+    known: dict[str, Any] = {}
+    if file is not None:
+        known = {"size": file.size, "format": file.format, "opened": file.opened}
     return ScannedModel(
         str(path),
-        sha256=_file_hash(path) or weights_hash(model),
-        architecture=str(model.architecture.get("name", "")),
+        sha256=_hash_of(path, model) if file is None else file.sha256,
+        architecture=called(model),
         image_shape=model.image_shape,
         class_names=model.class_names,
         assumptions=model.assumptions,
+        **known,
         **fields,
     )
 
 
+def _hash_of(path: Path, model: Classifier) -> str:
+    """Of the file, where there is one."""
+    try:
+        with opened(path) as source:
+            return source.sha256
+    except (LoadRefused, LoadFailed):
+        return weights_hash(model)
+
+
+def called(model: Classifier) -> str:
+    """The name of the architecture; a graph is said to be one, and how large."""
+    name = str(model.architecture.get("name", ""))
+    return f"graph of {len(model.network.layers)} operators" if name == GRAPH else name  # type: ignore[arg-type]
+
+
 def load(path: Path, options: Mapping[str, Any]) -> Classifier:
-    """load_model with a survey's options, `image_size` and `channels` turned into an image shape."""
-    given = {name: value for name, value in options.items() if value is not None}
-    size, channels = given.pop("image_size", None), given.pop("channels", None)
-    if size is not None:
-        given["image_shape"] = (channels or 3, *size)
-    return load_model(path, **given)
-
-
-def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
-    """The user's clean images, held to the model's input shape."""
-    if source is None:
-        return None
-    size = model.image_shape[1:]
-    data = read_images(source, size)
-    if data.image_shape != model.image_shape:
-        raise ValueError(
-            f"the clean images are {data.image_shape}, the model takes {model.image_shape}: convert them"
-        )
-    return data
-
-
-def read_images(source: Path, size: tuple[int, int], split: str | None = None) -> Dataset:
-    """The images of a parquet file, or one split of a data set; of several splits the first of those that no
-    model was trained on, unless named.
-    """
-    if source.suffix == ".parquet" and source.is_file():
-        return read_parquet([source], source.stem, size)
-    errors = []
-    for name in ("test", "valid", "train") if split is None else (split,):
-        try:
-            return load_dataset(str(source), name, size=size)
-        except ValueError as error:
-            errors.append(error)
-    raise errors[-1]
+    """The classifier in a file, with a command's options."""
+    return open_with(path, options).model
 
 
 def choose_device(name: str) -> torch.device:
@@ -280,11 +292,3 @@ def environment(device: str) -> dict[str, object]:
         "device": f"{chosen.type} ({name})",
         "threads": torch.get_num_threads(),
     }
-
-
-def _file_hash(path: Path) -> str:
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        return ""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -9,7 +9,9 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from unhorse.cli.explaining import explain
 from unhorse.cli.guarding import guard_app
+from unhorse.cli.inspecting import convert, inspect
 from unhorse.cli.output import command_line
 from unhorse.cli.populations import benchmark, simulate, zoo_app
 from unhorse.cli.repairing import repair
@@ -25,7 +27,18 @@ app = App(
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # run() says what an interruption leaves
 )
-for command in (scan, scanner_app, guard_app, repair, zoo_app, simulate, benchmark):
+for command in (
+    inspect,
+    scan,
+    convert,
+    explain,
+    scanner_app,
+    guard_app,
+    repair,
+    zoo_app,
+    simulate,
+    benchmark,
+):
     app.command(command)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import torch
 
 from unhorse.core import Classifier, Dataset
+from unhorse.datasets import load_dataset
+from unhorse.image_files import read_parquet
 from unhorse.jobs import say
-from unhorse.survey import read_images
 
 
 @dataclass(frozen=True)
@@ -124,3 +125,31 @@ def unused(data: Dataset, used: Collection[str] | None) -> tuple[Dataset, tuple[
     if len(left) == len(data):
         return data, ()
     return left, (f"{len(data) - len(left)} of {len(data)} clean images were left out: the guard knows them",)
+
+
+def clean_images(source: Path | None, model: Classifier) -> Dataset | None:
+    """The user's clean images, held to the model's input shape."""
+    if source is None:
+        return None
+    size = model.image_shape[1:]
+    data = read_images(source, size)
+    if data.image_shape != model.image_shape:
+        raise ValueError(
+            f"the clean images are {data.image_shape}, the model takes {model.image_shape}: convert them"
+        )
+    return data
+
+
+def read_images(source: Path, size: tuple[int, int], split: str | None = None) -> Dataset:
+    """The images of a parquet file, or one split of a data set; of several splits the first of those that no
+    model was trained on, unless named.
+    """
+    if source.suffix == ".parquet" and source.is_file():
+        return read_parquet([source], source.stem, size)
+    errors = []
+    for name in ("test", "valid", "train") if split is None else (split,):
+        try:
+            return load_dataset(str(source), name, size=size)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[-1]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -39,3 +40,31 @@ class ModelOptions:
 
 
 AS_THE_FILE_SAYS = ModelOptions()
+
+
+@Parameter(name="*", group=OUTPUT, negative=())
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """Where a report goes beside the terminal, and what counts in the exit code."""
+
+    html: Annotated[Path | None, Parameter(help="Write a self-contained page.")] = None
+    json: Annotated[Path | None, Parameter(help="Write machine-readable results.")] = None
+    sarif: Annotated[Path | None, Parameter(help="Write SARIF 2.1.0, for code scanning.")] = None
+    junit: Annotated[Path | None, Parameter(help="Write JUnit XML, for CI.")] = None
+    cyclonedx: Annotated[Path | None, Parameter(help="Write a CycloneDX 1.6 bill of materials.")] = None
+    fail_on: Annotated[
+        Literal["high", "medium", "low", "none"], Parameter(help="Severity that makes the exit code 1.")
+    ] = "medium"
+    baseline: Annotated[
+        Path | None, Parameter(help="An older --json report: what it lists does not count again.")
+    ] = None
+    config: Annotated[
+        Path | None, Parameter(help="Suppressions; unhorse.toml of the working folder if left out.")
+    ] = None
+
+    def files(self) -> dict[str, Path | None]:
+        """As arguments of report.save."""
+        return {name: getattr(self, name) for name in ("html", "json", "sarif", "junit", "cyclonedx")}
+
+
+TERMINAL_ONLY = ReportOptions()

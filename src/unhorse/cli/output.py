@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from unhorse.jobs import say
 
 if TYPE_CHECKING:
+    from unhorse.cli.options import ReportOptions
     from unhorse.report import Report
 
 
@@ -25,6 +26,31 @@ def show(result: Report, html: Path | None, json: Path | None) -> None:
     for path in (html, json):
         if path is not None:
             say(f"written: {path}")
+
+
+def delivery(options: ReportOptions) -> Callable[[Report], int]:
+    """Gives a function that prints and writes a report and returns the exit code, what is suppressed not
+    counted. Configuration and baseline are read at once: an error in them costs no scan.
+    """
+    from unhorse import suppression
+
+    config = suppression.read_config(options.config)
+    baseline = frozenset() if options.baseline is None else suppression.read_baseline(options.baseline)
+
+    def deliver(result: Report) -> int:
+        from rich.console import Console
+
+        from unhorse import report
+
+        result = suppression.apply(result, config, baseline)
+        Console().print(report.to_terminal(result))
+        report.save(result, **options.files())
+        for path in options.files().values():
+            if path is not None:
+                say(f"written: {path}")
+        return report.exit_code(result, options.fail_on)
+
+    return deliver
 
 
 def command_line() -> tuple[str, ...]:

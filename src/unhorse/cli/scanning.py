@@ -7,12 +7,18 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
-from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, MODEL, OUTPUT, ModelOptions
-from unhorse.cli.output import command_line, epochs_progress, show
+from unhorse.cli.options import (
+    AS_THE_FILE_SAYS,
+    COMPUTE,
+    MODEL,
+    TERMINAL_ONLY,
+    ModelOptions,
+    ReportOptions,
+)
+from unhorse.cli.output import command_line, delivery, epochs_progress
 from unhorse.jobs import say
 
 Effort = Literal["quick", "standard", "deep"]
-FailOn = Literal["high", "medium", "none"]
 
 scanner_app = App(name="scanner", help="Learned scanners.")
 
@@ -41,16 +47,19 @@ def scan(  # noqa: PLR0913 - one parameter per flag
         Path | None, Parameter(group=MODEL, help="Text file with one class name a line.")
     ] = None,
     options: ModelOptions = AS_THE_FILE_SAYS,
-    html: Annotated[Path | None, Parameter(group=OUTPUT, help="Write a self-contained page.")] = None,
-    json: Annotated[Path | None, Parameter(group=OUTPUT, help="Write machine-readable results.")] = None,
-    fail_on: Annotated[
-        FailOn, Parameter(group=OUTPUT, help="Severity that makes the exit code 1.")
-    ] = "medium",
+    timeout: Annotated[
+        float | None, Parameter(group=COMPUTE, help="Seconds per model; then UNDECIDED, with what was seen.")
+    ] = None,
+    use_cache: Annotated[
+        bool, Parameter(name="--cache", group=COMPUTE, help="Take what was scanned before from the cache.")
+    ] = True,
+    output: ReportOptions = TERMINAL_ONLY,
 ) -> int:
     """Say whether models are trojaned, with evidence; no training data needed."""
-    from unhorse import report
-    from unhorse.survey import Request, find_models, scan_models
+    from unhorse.model_files import find_models
+    from unhorse.survey import Request, scan_models
 
+    deliver = delivery(output)
     request = Request(
         scanner=scanner,
         reference=reference,
@@ -60,11 +69,10 @@ def scan(  # noqa: PLR0913 - one parameter per flag
         seed=seed,
         loading=options.loading()
         | {"class_names": None if labels is None else labels.read_text(encoding="utf-8").splitlines()},
+        timeout=timeout,
+        cached=use_cache,
     )
-    models = find_models(paths)
-    result = scan_models(models, request, workers=jobs, command=command_line())
-    show(result, html, json)
-    return report.exit_code(result, fail_on)
+    return deliver(scan_models(find_models(paths), request, workers=jobs, command=command_line()))
 
 
 @scanner_app.command

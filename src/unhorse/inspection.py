@@ -1,0 +1,106 @@
+"""Looks at model files without running them: hash, format, what they say, which rules they break."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from unhorse import jobs
+from unhorse.checks.expectations import Facts
+from unhorse.loading.sources import opened
+from unhorse.report import Report, ScannedModel
+from unhorse.rules import LoadFailed, LoadRefused
+from unhorse.sandbox import server
+from unhorse.sandbox.confinement import Limits
+
+_LIMITS = Limits(memory=2**30, cpu_seconds=60, wall_seconds=90)
+_NO_MEAN = "MD301 the file says no normalisation: a scan will assume one; pass --mean/--std/--range"
+
+
+def inspect_models(models: Sequence[Path], *, workers: int = 1, command: Sequence[str] = ()) -> Report:
+    """Every file looked at in a restricted process of its own; what breaks a rule stops nothing."""
+    todo = [_Look(path) for path in models]
+    outcomes = jobs.run(jobs.call, todo, workers=workers)
+    watched = outcomes if len(todo) == 1 else jobs.track("inspecting", outcomes, len(todo))
+    seen: dict[Path, ScannedModel] = {}
+    for outcome in watched:
+        path = outcome.item.path
+        failed = ScannedModel(str(path), inspected=True, error=f"the inspection failed: {outcome.error!r}")
+        seen[path] = outcome.value or failed
+    return Report(
+        tuple(seen[path] for path in models),
+        command=tuple(command),
+        environment=_environment(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+@dataclass(frozen=True)
+class _Look:
+    """One file of an inspection."""
+
+    path: Path
+
+    def __call__(self) -> ScannedModel:
+        started = time.monotonic()
+        sha256, size, kind, where = "", 0, "", ""
+        try:
+            with opened(self.path) as source:
+                sha256, size, kind = source.sha256, source.size, source.format
+                source.check()
+                options = {"name": source.names[0], "names": list(source.names[1:])}
+                parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
+                where = f"its structure in the sandbox ({parcel.tier})"
+                facts = Facts.from_json(parcel.document["facts"])
+        except (LoadRefused, LoadFailed) as error:
+            return ScannedModel(
+                str(self.path),
+                sha256=sha256,
+                size=size,
+                format=kind,
+                opened=where,
+                error=str(error),
+                error_rule=error.rule,
+                inspected=True,
+                seconds=time.monotonic() - started,
+            )
+        shape = facts.image_shape or ()
+        return ScannedModel(
+            str(self.path),
+            sha256=sha256,
+            size=size,
+            format=kind,
+            opened=where,
+            architecture=_contents(facts),
+            image_shape=() if None in shape else tuple(size or 0 for size in shape),
+            class_names=facts.class_names or (),
+            assumptions=() if facts.mean else (_NO_MEAN,),
+            inspected=True,
+            seconds=time.monotonic() - started,
+        )
+
+
+def _contents(facts: Facts) -> str:
+    """What would be loaded, in words."""
+    parts = [facts.producer] if facts.producer else []
+    if facts.num_classes:
+        parts.append(f"{facts.num_classes} classes")
+    parts += [f"{word.replace('_', ' ')} {value}" for word, value in facts.extra.items() if value]
+    if facts.operators:
+        parts.append(f"operators {', '.join(facts.operators[:12])}{' …' * (len(facts.operators) > 12)}")
+    return "; ".join(parts)
+
+
+def _environment() -> dict[str, object]:
+    """What an inspection depends on; torch is not imported for it."""
+    import platform
+    from importlib import metadata
+
+    return {
+        "unhorse": metadata.version("unhorse"),
+        "python": platform.python_version(),
+        "platform": platform.system(),
+    }

@@ -1,0 +1,100 @@
+"""Which files of a command are models, how they are opened as its flags say, and written again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from unhorse.core import Classifier
+    from unhorse.loading.formats import Opened
+
+SUFFIXES = (
+    *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".keras", ".h5", ".hdf5"),
+    *(".pkl", ".pickle", ".pb", ".mar", ".tar", ".joblib", ".npz", ".gguf"),
+)
+"""What may be a model. Which it is decides its content; what is not opened is reported as not scanned."""
+_FOLDER_MARKS = ("card.json", "config.json")
+
+
+def find_models(paths: Sequence[Path]) -> list[Path]:
+    """The models that `paths` name: a model's folder or a file as it is, any other folder with all the models
+    below it.
+    """
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir() or _is_model(path):
+            found.append(path)
+            continue
+        inside: list[Path] = []
+        for folder, folders, names in os.walk(path):
+            here = Path(folder)
+            if _is_model(here):
+                inside.append(here)
+                folders.clear()
+                continue
+            inside += [here / name for name in names if name.lower().endswith(SUFFIXES)]
+        found += sorted(inside)
+    return found
+
+
+def _is_model(folder: Path) -> bool:
+    """Whether a folder is one model: written by unhorse, or in the layout of Hugging Face."""
+    marked = any((folder / mark).is_file() for mark in _FOLDER_MARKS)
+    return marked and any(folder.glob("*.safetensors")) or marked and (folder / "pytorch_model.bin").exists()
+
+
+def load(path: Path, options: Mapping[str, Any]) -> Opened:
+    """open_model with a command's options, `image_size` and `channels` turned into an image shape."""
+    from unhorse.jobs import say
+    from unhorse.loading.assembly import Said
+    from unhorse.loading.formats import open_model
+    from unhorse.wording import plain
+
+    given = {name: value for name, value in options.items() if value is not None}
+    size, channels = given.pop("image_size", None), given.pop("channels", None)
+    if size is not None:
+        given["image_shape"] = (channels or 3, *size)
+    return open_model(path, Said(**given), progress=lambda line: say(f"{path.name}: {plain(line)}"))
+
+
+def write_model(model: Classifier, output: Path) -> None:
+    """As safetensors with the card inside, ONNX for pixels in [0, 1], or a folder of weights and card."""
+    from unhorse.models.classifier import save_classifier, save_weights
+
+    if output.suffix == ".safetensors":
+        save_weights(model, output)
+    elif output.suffix == ".onnx":
+        _write_onnx(model, output)
+    elif output.suffix:
+        raise ValueError(f"{output} ends in neither .safetensors nor .onnx: choose one, or name a folder")
+    else:
+        save_classifier(model, output)
+
+
+def _write_onnx(model: Classifier, output: Path) -> None:
+    """One file, any size of batch; the normalisation is inside, so that it takes pixels in [0, 1]."""
+    import warnings
+
+    import torch
+
+    try:
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise ValueError("ONNX needs a library that is not installed: pip install 'unhorse[onnx]'") from error
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.rand(2, *model.image_shape),),
+            str(output),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("n", min=1, max=4096)},),
+            input_names=["images"],
+            output_names=["logits"],
+            external_data=False,
+            verbose=False,
+        )
