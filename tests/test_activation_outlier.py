@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from conftest import TARGET, plain_images, small_victim, stamped, template_victim
 from unhorse.core import Bars, Classifier, Dataset, ImageGrid, Reference, Verdict
 from unhorse.models.classifier import new_classifier, weights_hash
-from unhorse.scanners import footprints
-from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, flagging_margin, outlier_score
+from unhorse.scanners import activation_outlier, demonstration, footprints, margins
+from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.optimisation import frozen
+from unhorse.scanners.margins import flagging_margin, outlier_score
+from unhorse.scanners.optimisation import chunk_size, frozen
 
 SCANNER = ActivationOutlier()
 HASTY = ActivationOutlier(steps=3, starts=1, search=FootprintSearch(steps=2, refine=1, rivals=1))
@@ -240,11 +242,11 @@ def test_random_footprints_keep_the_size_and_the_opacity():
         patch = search.search(model, inputs, targets, "patch", "fp32")
         blend = search.search(model, inputs, targets, "blend", "fp32")
     assert patch.masks.sum() == 12  # 5 % of 256 pixels
-    drawn = footprints._random_footprints(patch, 10, rng)
+    drawn = demonstration._random_footprints(patch, 10, rng)
     assert drawn.masks.shape == (10, 1, 16, 16)
     assert drawn.masks.sum((1, 2, 3)).tolist() == [9] * 10  # squares
     assert len(drawn.masks.flatten(1).unique(dim=0)) > 1
-    assert (blend.masks == 0.2).all() and (footprints._random_footprints(blend, 3, rng).masks == 0.2).all()
+    assert (blend.masks == 0.2).all() and (demonstration._random_footprints(blend, 3, rng).masks == 0.2).all()
 
 
 class Faint(nn.Module):
@@ -290,13 +292,109 @@ def test_clean_images_take_the_place_of_maps(infected):
     assert any(torch.equal(shown[0], image) for image in clean.pixels())
 
 
-# --- effort -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["patch", "blend"])
+def test_a_search_in_parts_finds_what_a_search_at_once_finds(family, monkeypatch):
+    model, images = template_victim(6, (1, 16, 16)), torch.rand(10, 1, 16, 16)
+    inputs, targets = Inputs(images, model(images).argmax(1)), torch.tensor([2, 4])
+    search = FootprintSearch(steps=5, refine=2)
+
+    def found():
+        return footprints.tested(
+            model, search.search(model, inputs, targets, family, "fp32"), inputs, targets, "fp32"
+        )
+
+    with frozen(model):
+        whole = found()
+        monkeypatch.setattr(footprints, "chunk_size", lambda model: 6)
+        parts = found()
+    assert torch.equal(parts.masks, whole.masks)
+    assert torch.allclose(parts.patterns, whole.patterns, atol=1e-3)
+    assert parts.flip_rates.tolist() == whole.flip_rates.tolist()
+
+
+def test_no_part_of_a_search_holds_more_than_a_chunk(monkeypatch):
+    model, held = template_victim(6, (1, 16, 16)), []
+    monkeypatch.setattr(footprints, "chunk_size", lambda model: 8)
+    monkeypatch.setattr(margins, "chunk_size", lambda model: 8)
+    hook = model.network.register_forward_pre_hook(lambda _, given: held.append(len(given[0])))
+    SCANNER.scan(model)
+    hook.remove()
+    assert max(held) <= max(8, 10)  # ten random footprints at once
+
+
+def test_a_chunk_is_as_small_where_no_gradient_is_wanted():
+    model = small_victim()
+    with frozen(model):
+        wanted = chunk_size(model)
+        with torch.no_grad():
+            assert chunk_size(model) == wanted < 2**20
+
+
+# --- precision ----------------------------------------------------------------------------------------------
+
+
+def near_victim() -> Classifier:
+    """Its score is 0.72, 3 % above the threshold."""
+    return template_victim(strength=15)
+
+
+def test_small_networks_are_scanned_in_fp32(infected, found):
+    assert found.facts["precision of the margins"] == "fp32"
+
+
+def test_a_score_near_the_threshold_is_decided_in_fp32(monkeypatch):
+    monkeypatch.setattr(activation_outlier, "BF16_FROM", 0)
+    monkeypatch.setattr(activation_outlier, "uses_bf16", lambda model: True)
+    wide, exact = SCANNER.scan(near_victim()), replace(SCANNER, precision="fp32").scan(near_victim())
+    rough = replace(SCANNER, precision="bf16").scan(near_victim())
+    assert abs(rough.score - 0.7) <= 0.07 and rough.facts["precision of the margins"] == "bf16"
+    assert (wide.score, wide.reached) == (exact.score, exact.reached) != (rough.score, rough.reached)
+    assert wide.facts["precision of the margins"] == f"fp32 (bf16 came near: {rough.score:.3f})"
+    assert SCANNER.measure(near_victim()).score == exact.score
+
+
+def test_a_score_far_from_the_threshold_stays_in_bf16(infected, benign, monkeypatch):
+    monkeypatch.setattr(activation_outlier, "BF16_FROM", 0)
+    monkeypatch.setattr(activation_outlier, "uses_bf16", lambda model: True)
+    for model in (infected, benign):
+        result = SCANNER.measure(model)
+        assert result.score == replace(SCANNER, precision="bf16").measure(model).score
+
+
+def test_the_last_bits_of_the_weights_move_the_score_by_less_than_a_hundredth(trained):
+    for victim in trained.values():
+        result = SCANNER.scan(victim.model)
+        rng = torch.Generator().manual_seed(1)
+        state = {
+            name: weight * (1 + 1e-7 * torch.randn(weight.shape, generator=rng))
+            for name, weight in victim.model.network.state_dict().items()
+        }
+        moved = copy.deepcopy(victim.model)
+        moved.network.load_state_dict(state)
+        again = SCANNER.scan(moved)
+        assert again.score == pytest.approx(result.score, rel=1e-2)
+        assert (again.verdict, again.target) == (result.verdict, result.target)
+
+
+# --- time ---------------------------------------------------------------------------------------------------
 
 
 def test_the_estimate_counts_passes(benign, monkeypatch):
     ticks = iter(range(100))
     monkeypatch.setattr(
         "time.perf_counter", lambda: float(next(ticks))
-    )  # one step on 4 images takes a second
+    )  # one step on 8 images takes a second
     scanner = ActivationOutlier(steps=20, starts=3, search=FootprintSearch(steps=16, refine=4, rivals=3))
-    assert scanner.estimate(benign) == pytest.approx(0.2 + 1 / 4 * 10 * 3 * (20 + 10))
+    margins, suspect = 30 * 21, 2 * 20 * 15
+    assert scanner.estimate(benign) == pytest.approx(0.2 + 1 / 8 * (margins + suspect + 1.5 * 20 * 15))
+
+
+def test_progress_is_told_and_counts_every_pass(infected):
+    heard = []
+    SCANNER.scan(infected, on_step=lambda *step: heard.append(step))
+    done, most, words = heard[-1]
+    assert done == most == 30 * 21 + (2 + 3) * 20 * 15
+    assert [words for words in dict.fromkeys(words for *_, words in heard)] == [
+        "finding margins",
+        "searching a footprint",
+    ]

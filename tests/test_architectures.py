@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from unhorse.core import Classifier
+from unhorse.loading.identification import identify
 from unhorse.models.architectures import ARCHITECTURES, build, outline
 from unhorse.models.classifier import (
     load_classifier,
@@ -19,7 +20,8 @@ from unhorse.models.classifier import (
     weights_hash,
 )
 
-# torchvision's documentation; Universal Litmus Patterns' published models for the ulp networks
+# torchvision's documentation; PyPI's efficientnet-lite-pytorch for the lite ones; Universal Litmus Patterns'
+# published models for the ulp networks
 PUBLISHED_SIZES = [
     ("resnet18", 1000, {}, 11_689_512),
     ("resnet34", 1000, {}, 21_797_672),
@@ -29,6 +31,11 @@ PUBLISHED_SIZES = [
     ("vgg16", 1000, {"batch_norm": True}, 138_365_992),
     ("mobilenet-v2", 1000, {}, 3_504_872),
     ("efficientnet-b0", 1000, {}, 5_288_548),
+    ("efficientnet-lite0", 1000, {}, 4_652_008),
+    ("efficientnet-lite1", 1000, {}, 5_416_680),
+    ("efficientnet-lite2", 1000, {}, 6_092_072),
+    ("efficientnet-lite3", 1000, {}, 8_197_096),
+    ("efficientnet-lite4", 1000, {}, 13_006_568),
     ("vit-b-16", 1000, {}, 86_567_656),
     ("ulp-vgg", 10, {}, 988_554),
     ("ulp-resnet18", 200, {}, 5_000_712),
@@ -145,6 +152,21 @@ def test_preactivation_shortcut_starts_after_the_first_normalisation() -> None:
 def test_mobilenet_adds_the_input_only_where_shapes_stay() -> None:
     features = outline("mobilenet-v2", num_classes=2, image_shape=(3, 224, 224)).features
     assert [index for index in range(1, 18) if features[index].skip] == [3, 5, 6, 8, 9, 10, 12, 13, 15, 16]
+
+
+def test_efficientnet_lite_pads_like_tensorflow_below_and_right_first() -> None:
+    network = build("efficientnet-lite0", num_classes=2, image_shape=(3, 8, 8))
+    nn.init.ones_(network._conv_stem.weight)
+    counted = network._conv_stem(torch.ones(1, 3, 8, 8))[0, 0] / 3  # pixels under each 3x3 window
+    assert counted.tolist() == [[9, 9, 9, 6]] * 3 + [[6, 6, 6, 4]]
+    assert network._conv_stem(torch.ones(1, 3, 9, 9))[0, 0, 0].tolist() == [12, 18, 18, 18, 12]
+
+
+def test_efficientnet_lite_weights_are_recognised_by_their_blocks() -> None:
+    for size, side in enumerate((224, 240, 260, 280, 300)):
+        name = f"efficientnet-lite{size}"
+        found = identify(outline(name, num_classes=9, image_shape=(3, 64, 64)).state_dict())
+        assert (found.name, found.num_classes, found.image_shape) == (name, 9, (3, side, side))
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:

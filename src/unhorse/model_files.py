@@ -46,6 +46,24 @@ def _is_model(folder: Path) -> bool:
     return marked and any(folder.glob("*.safetensors")) or marked and (folder / "pytorch_model.bin").exists()
 
 
+def prepare(models: Sequence[Path]) -> None:
+    """Starts the process that opens foreign formats, if one is there, while torch is imported here."""
+    from unhorse.checks.sniff import Format, sniff
+    from unhorse.rules import LoadRefused
+    from unhorse.sandbox import server
+
+    for path in models:
+        try:
+            foreign = (
+                (path / "config.json").exists() if path.is_dir() else sniff(path) is not Format.SAFETENSORS
+            )
+        except (OSError, LoadRefused):
+            continue  # said when it is its turn
+        if foreign:
+            server.warm(heavy=True)
+            return
+
+
 def load(path: Path, options: Mapping[str, Any]) -> Opened:
     """open_model with a command's options, `image_size` and `channels` turned into an image shape."""
     from unhorse.jobs import say

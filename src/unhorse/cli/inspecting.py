@@ -39,8 +39,9 @@ def convert(
     options: ModelOptions = AS_THE_FILE_SAYS,
 ) -> int:
     """Open a model file in the sandbox and write it as safetensors or ONNX, which run no code."""
-    from unhorse.model_files import load, write_model
+    from unhorse.model_files import load, prepare, write_model
 
+    prepare([model])
     if output.exists() and (output.is_dir() != (output.suffix == "")):
         raise ValueError(f"{output} exists: choose another name")
     opened = load(model, options.loading())

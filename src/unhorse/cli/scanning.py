@@ -56,10 +56,14 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     output: ReportOptions = TERMINAL_ONLY,
 ) -> int:
     """Say whether models are trojaned, with evidence; no training data needed."""
-    from unhorse.model_files import find_models
-    from unhorse.survey import Request, scan_models
+    from unhorse.model_files import find_models, prepare
 
     deliver = delivery(output)
+    models = find_models(paths)
+    if jobs == 1:
+        prepare(models)
+    from unhorse.survey import Request, scan_models
+
     request = Request(
         scanner=scanner,
         reference=reference,
@@ -72,7 +76,7 @@ def scan(  # noqa: PLR0913 - one parameter per flag
         timeout=timeout,
         cached=use_cache,
     )
-    return deliver(scan_models(find_models(paths), request, workers=jobs, command=command_line()))
+    return deliver(scan_models(models, request, workers=jobs, command=command_line()))
 
 
 @scanner_app.command

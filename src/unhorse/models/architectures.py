@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unhorse.models import published
+from unhorse.models.graph import GRAPH, GraphNetwork
 from unhorse.models.resnets import BasicBlock, Bottleneck, PreActBlock, ResNet
 from unhorse.models.small_networks import ImageShape, input_aware_cnn, small_cnn, ulp_vgg, wanet_cnn
 
@@ -37,6 +38,10 @@ def _imagenet(network: Callable[..., nn.Module], *options: str, side: int = 224)
     return Architecture(network, (3, side, side), IMAGENET_MEAN, IMAGENET_STD, options)
 
 
+def _lite(wide: float, deep: float, side: int) -> Architecture:
+    return _imagenet(partial(published.EfficientNetLite, wide=wide, deep=deep), side=side)
+
+
 _RESNET18 = partial(ResNet, block=BasicBlock, layers=(2, 2, 2, 2))
 _RESNET50 = partial(ResNet, block=Bottleneck, layers=(3, 4, 6, 3))
 # for images of 32 and 64 pixels, of which the ImageNet stem would leave too little
@@ -59,12 +64,22 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vgg16": _imagenet(published.VGG16, "batch_norm"),
     "mobilenet-v2": _imagenet(published.MobileNetV2),
     "efficientnet-b0": _imagenet(published.EfficientNetB0),
+    "efficientnet-lite0": _lite(1.0, 1.0, 224),
+    "efficientnet-lite1": _lite(1.0, 1.1, 240),
+    "efficientnet-lite2": _lite(1.1, 1.2, 260),
+    "efficientnet-lite3": _lite(1.2, 1.4, 280),
+    "efficientnet-lite4": _lite(1.4, 1.8, 300),
     "vit-b-16": _imagenet(published.ViTB16),
 }
 
 
 def build(name: str, *, num_classes: int, image_shape: ImageShape, **options: object) -> nn.Module:
-    """The named network with freshly initialised weights, drawn from torch's current random state."""
+    """The named network, its weights drawn from torch's current random state; a graph's are zeros."""
+    if name == GRAPH:
+        graph = options.pop("graph", None)
+        if options or not isinstance(graph, dict):
+            raise ValueError(f"{GRAPH} takes one option, the graph")
+        return GraphNetwork(num_classes, image_shape, graph=graph)
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {name!r}: take one of {', '.join(ARCHITECTURES)}")
     architecture = ARCHITECTURES[name]

@@ -130,8 +130,10 @@ def _limit(limits: Limits, taken: int) -> None:
         _, hard = resource.getrlimit(kind)
         if hard != resource.RLIM_INFINITY:
             ceiling = min(ceiling, hard)
+        # the signal at the limit of CPU time says why a process ended; the second after it ends who ignores it
+        last = ceiling + 1 if kind == resource.RLIMIT_CPU and hard == resource.RLIM_INFINITY else ceiling
         try:
-            resource.setrlimit(kind, (ceiling, ceiling))
+            resource.setrlimit(kind, (ceiling, last))
         except (ValueError, OSError):
             if sys.platform == "linux":  # macOS has no limit of memory that holds
                 raise

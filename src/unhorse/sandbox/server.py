@@ -154,7 +154,7 @@ def _cause(connection: socket.socket, limits: Limits) -> LimitExceeded:
     if report is None:
         return LimitExceeded("crash", "the restricted process hung up without an answer")
     code, cpu = report["code"], report["cpu"]
-    if code < 0 and cpu >= 0.9 * limits.cpu_seconds:
+    if code == -signal.SIGXCPU or (code < 0 and cpu >= 0.9 * limits.cpu_seconds):
         return LimitExceeded("CPU time", f"opening the file took {limits.cpu_seconds} seconds of CPU time")
     if code == -signal.SIGKILL:
         return LimitExceeded("memory", "the system killed the restricted process, as when memory runs out")
@@ -196,6 +196,12 @@ def run(
     flag = " --heavy" if heavy else ""
     remedy = f"run `python -m unhorse.sandbox.worker{flag}` to see why"
     raise LoadFailed("the process that opens files does not start", remedy)
+
+
+def warm(*, heavy: bool) -> None:
+    """Starts the server that `run` would start, without waiting for it."""
+    if hasattr(os, "fork"):
+        _server(heavy)
 
 
 def close_servers() -> None:

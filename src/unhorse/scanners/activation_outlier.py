@@ -5,44 +5,43 @@ and no population.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from unhorse.core import (
-    Bars,
     Classifier,
     Dataset,
-    Exhibit,
-    ImageGrid,
-    Images,
     Labels,
-    Logits,
     Reference,
     ScanResult,
     Table,
     Verdict,
 )
 from unhorse.metrics import judge
-from unhorse.scanners.footprints import Demonstration, FootprintSearch, Inputs, demonstrate
-from unhorse.scanners.optimisation import Precision, Preset, chunk_size, frozen, optimise
+from unhorse.models.training import autocast
+from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
+from unhorse.scanners.demonstration import Demonstration, demonstrate
+from unhorse.scanners.footprints import FootprintSearch, Inputs
+from unhorse.scanners.margins import (
+    Climb,
+    Job,
+    MarginMaps,
+    Margins,
+    outlier_score,
+    start_images,
+    unreadable,
+)
+from unhorse.scanners.optimisation import Precision, frozen, uses_bf16
+from unhorse.scanners.screening import Plan, Screening
 
-BASE_LEVELS = (0.0, 0.5, 0.25, 0.75)  # start images: a flat grey of this level and some noise
-
-
-class Margins(NamedTuple):
-    """Margin maps of s starts x k classes, flattened start by start, in pixels; the best margin per class
-    (k,); and for each (start, class) the first image that the model was just confident about, with its class.
-    """
-
-    maps: Images
-    reached: Float[Tensor, " k"]
-    proxies: Images
-    labels: Labels
+NEAR = 0.1
+"""A bf16 score this near to the threshold, relative to it, is computed again in fp32."""
+BF16_FROM = 700_000
+"""Weights from which "auto" may take bf16: scans of smaller networks take seconds in fp32 too, and bf16 makes
+them depend on the last bits of the weights."""
+CLEAN_IMAGES, MANY = 128, 100
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,9 @@ class ActivationOutlier:
     score is log(largest / median) + standard deviation / mean of the margins reached: how far one class
     stands out, and how unequal the classes are; it is free of the logits' scale. `threshold` was chosen on
     development models only (docs/methods). With a `reference` of at least 19 benign models the split-
-    conformal p-value decides instead. Fewer than 3 classes: UNDECIDED.
+    conformal p-value decides instead. `screening` spares time where classes are many. Precision "auto" is
+    bf16 where that saves much time, and fp32 again near the threshold. UNDECIDED: fewer than 3 classes, or
+    `budget` seconds are over.
     """
 
     steps: int = 20
@@ -63,28 +64,161 @@ class ActivationOutlier:
     confidence: float = 0.95
     threshold: float = 0.7
     search: FootprintSearch = FootprintSearch()
+    screening: Screening | None = None
+    budget: float | None = None
     precision: Precision = "auto"
     seed: int = 0
     reference: Reference | None = field(default=None, repr=False)
 
     name = "activation-outlier"
 
-    def scan(self, model: Classifier, clean: Dataset | None = None) -> ScanResult:
-        """Judges `model`; clean images, if given, take the place of the maps in the demonstration."""
+    def scan(
+        self, model: Classifier, clean: Dataset | None = None, *, on_step: OnScanStep | None = None
+    ) -> ScanResult:
+        """Judges `model`; clean images, if given, take the place of the maps in the demonstration. `on_step`
+        hears (passes done, passes at most, what is going on).
+        """
         if reason := _unfit(model):
             return ScanResult.undecided(self.name, reason)
-        margins = self.margins(model)
-        if reason := _unreadable(model, margins):
+        precision = self._precision(model)
+        clock = Countdown(
+            self._passes(model.num_classes)[1], budget=self.budget, on_step=on_step, phase="finding margins"
+        )
+        rng = torch.Generator().manual_seed(self.seed)
+        rows = self._rows(model.num_classes) if clean is None else min(len(clean), CLEAN_IMAGES)
+        drawn = self.search.drawn(rows, rng)
+        margins = self.margins(model, clock, kept=drawn if clean is None else None)
+        if not margins.complete:
+            return self._out_of_time(model, margins, clock)
+        if reason := unreadable(model, margins):
             return ScanResult.undecided(self.name, reason)
+        inputs = margins.inputs if clean is None else _labelled(model, clean, drawn)
+        clock.phase = "searching a footprint"
+        try:
+            with frozen(model, precision):
+                demonstration = demonstrate(
+                    model, inputs, margins.reached, self.search, rng, precision, clock
+                )
+        except TimeUp:
+            return self._out_of_time(model, margins, clock)
+        return self._judged(model, margins, demonstration, clean)
+
+    def measure(self, model: Classifier) -> ScanResult:
+        """The score alone, without demonstration and so without a verdict: what references are made of."""
+        if reason := _unfit(model):
+            return ScanResult.undecided(self.name, reason)
+        clock = Countdown(budget=self.budget, phase="finding margins")
+        margins = self.margins(model, clock)
+        if not margins.complete:
+            return self._out_of_time(model, margins, clock)
+        if reason := unreadable(model, margins):
+            return ScanResult.undecided(self.name, reason)
+        result = ScanResult.undecided(self.name, "only the score was measured")
+        return replace(result, score=outlier_score(margins.reached), reached=tuple(margins.reached.tolist()))
+
+    # --- margins --------------------------------------------------------------------------------------------
+
+    def margins(
+        self, model: Classifier, clock: Countdown | None = None, *, kept: Labels | None = None
+    ) -> Margins:
+        """Margin maps of every class, or of those that screening leaves; in fp32 again near the threshold."""
+        clock = clock or Countdown()
+        precision = self._precision(model)
+        found = self._climbed(model, clock, precision, kept)
+        if precision == self.precision or precision == "fp32" or not found.complete:
+            return found
+        if abs((score := outlier_score(found.reached)) - self.threshold) > NEAR * self.threshold:
+            return found
+        clock.phase = "finding margins again in fp32"
+        clock.most += self._finishing(model.num_classes)
+        again = self._climbed(model, clock, "fp32", None, found.plan)
+        if not again.complete:
+            return found._replace(complete=False)
+        return found._replace(reached=again.reached, precision=f"fp32 (bf16 came near: {score:.3f})")
+
+    def _precision(self, model: Classifier) -> Precision:
+        if self.precision != "auto":
+            return self.precision
+        weights = sum(parameter.numel() for parameter in model.parameters())
+        return "bf16" if weights >= BF16_FROM and uses_bf16(model) else "fp32"
+
+    def _climbed(
+        self,
+        model: Classifier,
+        clock: Countdown,
+        precision: Precision,
+        kept: Labels | None,
+        plan: Plan | None = None,
+    ) -> Margins:
+        settings = Climb(self.steps, self.learning_rate, self.confidence, precision)
+        everything = torch.arange(model.num_classes)
+        with frozen(model, precision):
+            search = MarginMaps(model, start_images(model, self.starts, self.seed), clock)
+            try:
+                if plan is None and self.screening is not None and self._screens(model.num_classes):
+                    shorter = replace(settings, steps=self.screening.steps)
+                    plan = self.screening.plan(search.climb(Job.of(everything, 1, kept), shorter))
+                    kept = None
+                job = Job.of(everything if plan is None else plan.classes, self.starts, kept)
+                reached = search.climb(job, settings).view(self.starts, -1).amax(0)
+            except TimeUp:
+                return search.found(search.reached, plan, precision, complete=False)
+        return search.found(reached if plan is None else plan.combined(reached), plan, precision)
+
+    # --- how long -------------------------------------------------------------------------------------------
+
+    def _screens(self, num_classes: int) -> bool:
+        return self.screening is not None and num_classes >= self.screening.above
+
+    def _rows(self, num_classes: int) -> int:
+        """From how many margin maps the inputs of a demonstration are drawn."""
+        return num_classes if self._screens(num_classes) else num_classes * self.starts
+
+    def _finishing(self, num_classes: int) -> int:
+        """Passes of the climbs that take all steps; a climb looks once more after its last step."""
+        chosen = num_classes
+        if self.screening is not None and self._screens(num_classes):
+            chosen = self.screening.finished(num_classes)
+        return chosen * self.starts * (self.steps + 1)
+
+    def _passes(self, num_classes: int) -> tuple[int, int]:
+        """Passes of a scan at least, and with the rivals' footprints."""
+        screened = 0
+        if self.screening is not None and self._screens(num_classes):
+            screened = num_classes * (self.screening.steps + 1)
+        least, most = self.search.passes(self._rows(num_classes))
+        margins = screened + self._finishing(num_classes)
+        return margins + least, margins + most
+
+    def estimate(self, model: Classifier) -> float:
+        """Seconds that a scan of `model` will take, from the time of one step on a few images; rivals count
+        half, and near the threshold the margins take longer.
+        """
+        precision = self._precision(model)
+        for count in (2, 8, 32):  # the first step also warms the kernels up
+            images = start_images(model, 1, 0).expand(count, -1, -1, -1).clone().requires_grad_(True)
+            with frozen(model, precision), autocast(images.device, precision == "bf16"):
+                began = time.perf_counter()
+                torch.autograd.grad(model(images).float().sum(), images)
+                step = time.perf_counter() - began
+            if count > 2 and step > 0.05:
+                break
+        return 0.2 + step / count * sum(self._passes(model.num_classes)) / 2
+
+    # --- results --------------------------------------------------------------------------------------------
+
+    def _judged(
+        self, model: Classifier, margins: Margins, demonstration: Demonstration, clean: Dataset | None
+    ) -> ScanResult:
         score = outlier_score(margins.reached)
         suspect = int(margins.reached.argmax())
-        inputs = Inputs(margins.proxies, margins.labels) if clean is None else _labelled(model, clean)
-        rng = torch.Generator().manual_seed(self.seed)
-        with frozen(model, self.precision):
-            demonstration = demonstrate(model, inputs, margins.reached, self.search, rng, self.precision)
         judgement = judge(score, self.threshold, self.reference)
         verdict = Verdict.of(flagged=judgement.flagged, demonstrated=demonstration.demonstrated)
-        finding = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
+        target = suspect if verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS) else None
+        source = "the model's own maps" if clean is None else f"{len(clean)} clean images"
+        table = Table(
+            "Footprints compared", ("footprint", "flip rate"), demonstration.rows(model.class_names)
+        )
         return ScanResult(
             verdict,
             self.name,
@@ -92,126 +226,53 @@ class ActivationOutlier:
             threshold=self.threshold,
             p_value=judgement.p_value,
             class_scores=tuple(margins.reached.tolist()),
-            target=suspect if finding else None,
+            target=target,
             reached=tuple(margins.reached.tolist()),
             triggers={suspect: demonstration.trigger} if demonstration.demonstrated else {},
             reference=self.reference,
-            facts=self._facts(demonstration, clean),
-            exhibits=tuple(self._exhibits(model, margins, demonstration, suspect if finding else None)),
-            warnings=(*judgement.warnings, *_warnings(model)),
+            facts={
+                "inputs of the demonstration": source,
+                **self._facts(margins),
+                **demonstration.facts(),
+            },
+            exhibits=(
+                *margins.exhibits(model.class_names, self.threshold, target),
+                *demonstration.exhibits(),
+                table,
+            ),
+            warnings=(*judgement.warnings, *_warnings(model, self.reference)),
         )
 
-    def measure(self, model: Classifier) -> ScanResult:
-        """The score alone, without demonstration and so without a verdict: what references are made of."""
-        if reason := _unfit(model):
-            return ScanResult.undecided(self.name, reason)
-        margins = self.margins(model)
-        if reason := _unreadable(model, margins):
-            return ScanResult.undecided(self.name, reason)
-        reached = margins.reached
-        result = ScanResult.undecided(self.name, "only the score was measured")
-        return replace(result, score=outlier_score(reached), reached=tuple(reached.tolist()))
-
-    def margins(self, model: Classifier) -> Margins:
-        """Margin maps of every class from every start, chunk by chunk."""
-        k, device = model.num_classes, model.mean.device
-        starts = _starts(model, self.starts, self.seed)
-        targets = torch.arange(k, device=device).repeat(self.starts)
-        parts = []
-        with frozen(model, self.precision):
-            size = chunk_size(model)
-            for first in range(0, len(targets), size):
-                chosen = targets[first : first + size]
-                rows = torch.arange(first, first + len(chosen), device=device) // k
-                parts.append(self._chunk(model, starts[rows], chosen))
-        maps, reached, proxies = (torch.cat(part) for part in zip(*parts, strict=True))
-        return Margins(maps, reached.view(self.starts, k).amax(0).cpu(), proxies, targets)
-
-    def _chunk(self, model: Classifier, start: Images, targets: Labels) -> tuple[Images, Tensor, Images]:
-        proxies = start.clone()
-        unsure = torch.ones(len(targets), dtype=torch.bool, device=start.device)
-
-        def watch(maps: Images, logits: Logits) -> None:
-            nonlocal unsure
-            sure = logits.softmax(1).gather(1, targets[:, None])[:, 0] >= self.confidence
-            torch.where((unsure & sure)[:, None, None, None], maps, proxies, out=proxies)
-            unsure = unsure & ~sure
-
-        def objective(logits: Logits, part: slice) -> Tensor:
-            own = targets[part, None]
-            others = logits.scatter(1, own, -torch.inf).amax(1)
-            return others - logits.gather(1, own)[:, 0]
-
-        preset = Preset(
-            "margin", "adam", self.learning_rate, self.steps, "pixels", weight_decay=0.0, clamp=True
+    def _out_of_time(self, model: Classifier, margins: Margins, clock: Countdown) -> ScanResult:
+        less = "" if self.screening else " or take --effort quick"
+        reason = (
+            f"{self.budget:.0f} s were over with {margins.screened} of {model.num_classes} classes screened, "
+            f"while {clock.phase}: give more time (--timeout){less}"
         )
-        found = optimise(model, objective, start, preset, precision=self.precision, watch=watch)
-        proxies = torch.where(unsure[:, None, None, None], found.maps, proxies)
-        return found.maps, -found.objective, proxies
-
-    def _exhibits(
-        self, model: Classifier, margins: Margins, demonstration: Demonstration, target: int | None
-    ) -> Iterator[Exhibit]:
-        k, names = model.num_classes, model.class_names
-        marked = () if target is None else (target,)
-        reached = margins.reached.tolist()
-        yield ImageGrid(
-            "Margin maps: what drives each class",
-            margins.maps[:k].cpu(),
-            tuple(f"{name}: {value:.1f}" for name, value in zip(names, reached, strict=True)),
-            marked,
-            note="Each image was optimised until the model preferred its class as strongly as it can; "
-            "the number is the best margin over the next class, over all starts.",
+        return replace(
+            ScanResult.undecided(self.name, reason),
+            facts=self._facts(margins),
+            exhibits=tuple(margins.exhibits(model.class_names, self.threshold, None)),
         )
-        yield Bars(
-            "Margin reached per class",
-            tuple(names),
-            tuple(reached),
-            threshold=flagging_margin(margins.reached, self.threshold),
-            marked=marked,
-            axis="logit margin",
-            note="A Trojan leaves a class much easier to reach than the others. The line is where the "
-            "largest one would be flagged, the others being as they are.",
+
+    def _facts(self, margins: Margins) -> dict[str, object]:
+        preset = f"{self.steps} steps, {self.starts} starts, learning rate {self.learning_rate}"
+        if margins.plan is not None and self.screening is not None:
+            leaders, controls, k = len(margins.plan.leaders), len(margins.plan.controls), len(margins.reached)
+            preset += f", for {leaders} leading classes and {controls} others of {k}"
+            preset += f" after {self.screening.steps} steps for all"
+        return {"preset": preset, "precision of the margins": margins.precision}
+
+
+def _warnings(model: Classifier, reference: Reference | None) -> tuple[str, ...]:
+    k = model.num_classes
+    if k < 8:
+        return (f"only {k} classes: an outlier among them says little, the trigger more",)
+    if k >= MANY and reference is None:
+        return (
+            f"the threshold is that of models with 10 classes; of {k} one stands out sooner: --reference",
         )
-        yield from demonstration.exhibits()
-        yield Table("Footprints compared", ("footprint", "flip rate"), demonstration.rows(names))
-
-    def estimate(self, model: Classifier) -> float:
-        """Seconds that a scan of `model` will take, from the time of one step on a few images."""
-        count = min(4, model.num_classes)
-        images = _starts(model, 1, 0).expand(count, -1, -1, -1).clone()
-        with frozen(model, self.precision):
-            for _ in range(2):  # the first step also warms the kernels up
-                began = time.perf_counter()
-                images.requires_grad_(True)
-                torch.autograd.grad(model(images).sum(), images)
-                step = time.perf_counter() - began
-        passes = model.num_classes * self.starts * (self.steps + self.search.passes)
-        return 0.2 + step / count * passes
-
-    def _facts(self, demonstration: Demonstration, clean: Dataset | None) -> dict[str, object]:
-        return {
-            "inputs of the demonstration": "the model's own maps"
-            if clean is None
-            else f"{len(clean)} clean images",
-            "preset": f"{self.steps} steps, {self.starts} starts, learning rate {self.learning_rate}",
-            **demonstration.facts(),
-        }
-
-
-def _warnings(model: Classifier) -> tuple[str, ...]:
-    if model.num_classes >= 8:
-        return ()
-    return (f"only {model.num_classes} classes: an outlier among them says little, the trigger more",)
-
-
-def outlier_score(reached: Float[Tensor, " k"]) -> float:
-    """log(largest / median) + standard deviation / mean of positive margins; negative margins count as nearly
-    zero.
-    """
-    margins = reached.double().clamp(min=1e-3 * float(reached.max()))
-    outlier = torch.log(margins.max() / margins.quantile(0.5))
-    return float(outlier + margins.std(correction=0) / margins.mean())
+    return ()
 
 
 def _unfit(model: Classifier) -> str:
@@ -220,48 +281,15 @@ def _unfit(model: Classifier) -> str:
     return ""
 
 
-def _unreadable(model: Classifier, margins: Margins) -> str:
-    if not margins.reached.isfinite().all():
-        return "the outputs are not finite: check the weights and the normalisation (--mean, --std, --range)"
-    some = margins.maps[:: max(1, len(margins.maps) // 16)]  # a few are enough to see whether outputs differ
-    with frozen(model, "fp32"), torch.no_grad():
-        logits = model(some)
-    constant = float((logits - logits[:1]).abs().max()) <= 1e-6 * float(logits.abs().max())
-    if constant or float(margins.reached.max()) <= 0:
-        return (
-            "no image changes what the model prefers: it is constant, or not a classifier of images, or its "
-            "normalisation is wrong (--mean, --std, --range)"
-        )
-    return ""
-
-
-def _starts(model: Classifier, count: int, seed: int) -> Images:
-    rng = torch.Generator().manual_seed(seed)
-    levels = torch.tensor([BASE_LEVELS[index % len(BASE_LEVELS)] for index in range(count)])
-    noise = 0.2 * torch.rand(count, *model.image_shape, generator=rng)
-    return (levels[:, None, None, None] + noise).to(model.mean.device)
-
-
-def _labelled(model: Classifier, clean: Dataset, most: int = 128) -> Inputs:
-    """Up to `most` clean images under the model's own predictions: labels are not needed."""
-    images = clean[: min(len(clean), most)].pixels(model.mean.device)
+def _labelled(model: Classifier, clean: Dataset, drawn: Tensor) -> Inputs:
+    """The drawn ones of the first clean images under the model's own predictions: labels are not needed."""
+    images = clean[: min(len(clean), CLEAN_IMAGES)].pixels(model.mean.device)
     with torch.no_grad():
-        return Inputs(images, model(images).argmax(1))
-
-
-def flagging_margin(reached: Float[Tensor, " k"], threshold: float) -> float:
-    """The margin at which the largest class would reach `threshold`, the others as they are; by bisection."""
-    others = reached.sort().values[:-1]
-    low, high = float(others[-1]), 1e3 * float(reached.max())
-    for _ in range(60):
-        middle = (low + high) / 2
-        flagged = outlier_score(torch.cat([others, torch.tensor([middle])])) >= threshold
-        low, high = (low, middle) if flagged else (middle, high)
-    return high
+        return Inputs(images[drawn], model(images).argmax(1)[drawn])
 
 
 EFFORTS = {
-    "quick": ActivationOutlier(starts=2, search=FootprintSearch(rivals=1)),
+    "quick": ActivationOutlier(starts=2, search=FootprintSearch(rivals=1), screening=Screening()),
     "standard": ActivationOutlier(),
     "deep": ActivationOutlier(starts=6, search=FootprintSearch(steps=40, refine=20, rivals=9)),
 }

@@ -264,7 +264,7 @@ def chunk_size(model: Classifier, budget: int = MEMORY_BUDGET) -> int:
 
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     probe = start_image(model).requires_grad_(True)
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(probe)
     per_image = sum(size for pointer, size in seen.items() if pointer not in weights)
     return max(1, budget // max(1, per_image))
