@@ -313,8 +313,10 @@ def _add_containers(corpus: Corpus) -> None:
         return zipped(Piece("weights.npy", array + two(system(harm))))
 
     legacy = dict(_use_new_zipfile_serialization=False)
-    corpus.add("pickle/torch-legacy", "LD201", lambda harm: saved(Reduced(harm), **legacy))
-    corpus.add("pickle/torch-legacy-of-tensors", "LD201", lambda harm: saved(torch.ones(3), **legacy))
+    corpus.add("pickle/torch-legacy", "LD205", lambda harm: saved(Reduced(harm), **legacy))
+    bare = saved(torch.ones(3), **legacy)
+    corpus.add("pickle/torch-legacy-of-tensors", "LD209", bare, caught="load")
+    corpus.add("pickle/torch-legacy-cut", "LD230", bare[:60])
     corpus.add("pickle/tar", "LD201", tar)
     corpus.add("pickle/numpy-object-array", "LD201", lambda harm: b"\x93NUMPY\x01\0" + two(system(harm)))
     corpus.add("pickle/npz", "LD201", npz)

@@ -350,7 +350,7 @@ def test_malicious_pickle_is_refused_and_never_run(tmp_path: Path) -> None:
     torch.save({"x": Payload(marker)}, legacy, _use_new_zipfile_serialization=False)
     bare = tmp_path / "model.safetensors"
     bare.write_bytes(pickle.dumps(Payload(marker)))
-    assert [rule_of(path) for path in (archive, legacy, bare)] == ["LD205", "LD201", "LD201"]
+    assert [rule_of(path) for path in (archive, legacy, bare)] == ["LD205", "LD205", "LD201"]
     assert not marker.exists()
 
 
@@ -433,6 +433,44 @@ def test_hollow_files_of_every_format_are_recognised_and_refused(tmp_path: Path)
         with pytest.raises((LoadRefused, LoadFailed)) as refusal:
             load_model(path)
         assert refusal.value.rule in RULES and refusal.value.remedy
+
+
+def test_a_state_dict_of_an_old_pytorch_is_the_same_network(tmp_path: Path) -> None:
+    torch.save(weights(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert sniff(tmp_path / "old.pth") is Format.TORCH_OLD
+    old, new = load_model(tmp_path / "old.pth"), load_model(saved(weights(), tmp_path / "new.pt"))
+    images = torch.rand(2, *new.image_shape)
+    assert torch.equal(old(images), new(images))
+
+
+def old_file(content: object, **changed: bytes) -> bytes:
+    """What an old torch.save writes, with some of its parts put in place of others."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer, _use_new_zipfile_serialization=False)
+    data = buffer.getvalue()
+    for old, new in changed.items():
+        data = data.replace(old.encode(), new)
+    return data
+
+
+@pytest.mark.parametrize(
+    ("data", "rule"),
+    [
+        (lambda marker: old_file({"x": Payload(marker)}), "LD205"),
+        (lambda marker: old_file(weights(), _rebuild_tensor_v2=b"_load_from_bytess."), "LD205"),
+        (lambda marker: old_file(weights(), little_endian=b"little_enx\x85\x93a"), "LD230"),
+        (lambda marker: old_file(weights())[:15] + pickle.dumps(Payload(marker), protocol=2), "LD205"),
+        (lambda marker: old_file(weights())[:400], "LD230"),
+        (lambda marker: old_file(weights())[:-40], "LD230"),
+    ],
+)
+def test_a_hostile_file_of_an_old_pytorch_is_refused(data, rule: str, tmp_path: Path) -> None:
+    path, marker = tmp_path / "m.pth", tmp_path / "marker"
+    path.write_bytes(data(marker))
+    with pytest.raises((LoadRefused, LoadFailed)) as refusal:
+        load_model(path)
+    assert refusal.value.rule == rule and refusal.value.remedy
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from unhorse.checks.expectations import Facts
 from unhorse.checks.exported_programs import check_exported_program
 from unhorse.checks.huggingface import CONFIG, check_huggingface
 from unhorse.checks.keras_files import check_keras_archive, check_keras_hdf5
+from unhorse.checks.old_torch_files import check_old_torch
 from unhorse.checks.onnx_files import check_onnx
 from unhorse.checks.sniff import Format, refusal, sniff
 from unhorse.checks.torchscript_files import check_torchscript
@@ -20,6 +21,7 @@ from unhorse.rules import LoadFailed, LoadRefused
 _CHECKS = {
     Format.SAFETENSORS: weight_files.safetensors_facts,
     Format.TORCH_ZIP: weight_files.torch_zip_facts,
+    Format.TORCH_OLD: check_old_torch,
     Format.TORCHSCRIPT: check_torchscript,
     Format.PT2: check_exported_program,
     Format.KERAS_ZIP: check_keras_archive,

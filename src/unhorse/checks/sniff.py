@@ -9,6 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
+from unhorse.checks.old_torch_files import MAGIC
 from unhorse.checks.zip_directory import archive_at_end, read_at, read_directory, stray
 from unhorse.rules import LoadFailed, LoadRefused
 
@@ -18,7 +19,8 @@ class Format(StrEnum):
 
     SAFETENSORS = "safetensors"
     TORCH_ZIP = "PyTorch state dict"
-    TORCH_LEGACY_PICKLE = "pickle (PyTorch before 1.6, a whole pickled model, or joblib)"
+    TORCH_OLD = "PyTorch state dict (before 1.6)"
+    TORCH_LEGACY_PICKLE = "pickle (a whole pickled model, or joblib)"
     TORCHSCRIPT = "TorchScript"
     PT2 = "torch.export archive"
     ONNX = "ONNX"
@@ -37,7 +39,7 @@ class Format(StrEnum):
 
 OPENED = (
     *(Format.SAFETENSORS, Format.TORCH_ZIP, Format.TORCHSCRIPT, Format.PT2, Format.ONNX),
-    *(Format.KERAS_ZIP, Format.HDF5),
+    *(Format.KERAS_ZIP, Format.HDF5, Format.TORCH_OLD),
 )
 
 EXPORT_REMEDY = "export the weights with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
@@ -57,6 +59,7 @@ REMEDIES = {
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _MAGIC = {
     _HDF5: Format.HDF5,
+    MAGIC: Format.TORCH_OLD,
     **{bytes([0x80, protocol]): Format.TORCH_LEGACY_PICKLE for protocol in range(1, 7)},
     b"GGUF": Format.GGUF,
     b"\x93NUMPY": Format.NUMPY,

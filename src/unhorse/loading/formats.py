@@ -25,7 +25,7 @@ from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.sandbox import server
 from unhorse.sandbox.confinement import Limits
 
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.")
 HERE = "here"
 
 

@@ -14,6 +14,7 @@ Reader = Callable[[Sequence[BinaryIO], Mapping[str, Any], Facts], Readout]
 
 READERS: dict[Format, Reader] = {
     Format.TORCH_ZIP: torch_reader.read_state_dict,
+    Format.TORCH_OLD: torch_reader.read_state_dict,
     Format.TORCHSCRIPT: torch_reader.read_torchscript,
     Format.PT2: torch_reader.read_exported_program,
     Format.ONNX: onnx_reader.read_onnx,

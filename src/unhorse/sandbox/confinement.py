@@ -130,7 +130,7 @@ def _limit(limits: Limits, taken: int) -> None:
         _, hard = resource.getrlimit(kind)
         if hard != resource.RLIM_INFINITY:
             ceiling = min(ceiling, hard)
-        # the signal at the limit of CPU time says why a process ended; the second after it ends who ignores it
+        # the signal at the limit of CPU time says why a process ended; a second later it is killed
         last = ceiling + 1 if kind == resource.RLIMIT_CPU and hard == resource.RLIM_INFINITY else ceiling
         try:
             resource.setrlimit(kind, (ceiling, last))
