@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -46,41 +46,30 @@ class _Look:
 
     def __call__(self) -> ScannedModel:
         started = time.monotonic()
-        sha256, size, kind, where = "", 0, "", ""
+        seen = ScannedModel(str(self.path), inspected=True)
         try:
             with opened(self.path) as source:
-                sha256, size, kind = source.sha256, source.size, source.format
+                seen = replace(seen, sha256=source.sha256, size=source.size, format=source.format)
                 source.check()
                 options = {"name": source.names[0], "names": list(source.names[1:])}
                 parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
-                where = f"its structure in the sandbox ({parcel.tier})"
-                facts = Facts.from_json(parcel.document["facts"])
+                seen = _described(seen, Facts.from_json(parcel.document["facts"]), parcel.tier)
         except (LoadRefused, LoadFailed) as error:
-            return ScannedModel(
-                str(self.path),
-                sha256=sha256,
-                size=size,
-                format=kind,
-                opened=where,
-                error=str(error),
-                error_rule=error.rule,
-                inspected=True,
-                seconds=time.monotonic() - started,
-            )
-        shape = facts.image_shape or ()
-        return ScannedModel(
-            str(self.path),
-            sha256=sha256,
-            size=size,
-            format=kind,
-            opened=where,
-            architecture=_contents(facts),
-            image_shape=() if None in shape else tuple(size or 0 for size in shape),
-            class_names=facts.class_names or (),
-            assumptions=() if facts.mean else (_NO_MEAN,),
-            inspected=True,
-            seconds=time.monotonic() - started,
-        )
+            seen = replace(seen, error=str(error), error_rule=error.rule)
+        return replace(seen, seconds=time.monotonic() - started)
+
+
+def _described(seen: ScannedModel, facts: Facts, tier: str) -> ScannedModel:
+    """With what the file says of itself."""
+    shape = facts.image_shape or ()
+    return replace(
+        seen,
+        opened=f"its structure in the sandbox ({tier})",
+        architecture=_contents(facts),
+        image_shape=() if None in shape else tuple(size or 0 for size in shape),
+        class_names=facts.class_names or (),
+        assumptions=() if facts.mean else (_NO_MEAN,),
+    )
 
 
 def _contents(facts: Facts) -> str:
