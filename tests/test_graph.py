@@ -146,7 +146,7 @@ def test_a_network_whose_answers_depend_on_the_neighbours_is_refused():
         (lambda self, x: pooled(self, x) + torch.rand(5), "rand, which is not on the list|differs"),
         (lambda self, x: pooled(self, functional.dropout(x, 0.5, True)), "random"),
         (lambda self, x: torch.ones(len(x), 5), "does not depend on the image"),
-        (lambda self, x: pooled(self, x)[:, :1], "not \\(n, k\\) logits"),
+        (lambda self, x: pooled(self, x)[:, :1], "a single number per image"),
         (lambda self, x: pooled(self, x) if x.sum() > 0 else pooled(self, -x), "cannot be read as a graph"),
     ],
 )
@@ -283,6 +283,18 @@ def test_sizes_are_checked_before_memory_is_given(nodes, words):
         network = GraphNetwork(3, SHAPE, graph=graph)
     with pytest.raises(ValueError, match=words):
         check_sizes(network, SHAPE, 3)
+
+
+def test_a_size_that_explodes_with_the_second_image_is_found_too():
+    rows = {"batch": [2**40, 1 - 2**40]}  # one for one image
+    nodes = [
+        {"call": "full", "args": [[rows, 3], 0.0]},
+        {"call": "mean", "args": [{"input": 0}, [2, 3]]},
+        {"call": "add", "args": [{"node": 1}, {"node": 0}]},
+    ]
+    graph = {"nodes": nodes, "output": {"node": 2}, "tensors": {}}
+    with pytest.raises(ValueError, match="too large"):
+        check_sizes(GraphNetwork(3, SHAPE, graph=graph), SHAPE, 3)
 
 
 def test_a_graph_of_unknown_layers_is_trained_by_its_loose_tensors_too():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from unhorse.loading.graph_writer import REMEDY, GraphWriter, Traced
+from unhorse.loading.readouts import logits_in
 from unhorse.models.graph import GraphNetwork
 from unhorse.rules import LoadRefused
 
@@ -60,26 +61,7 @@ def _captured(network: Callable[[Tensor], Any], images: Tensor) -> fx.GraphModul
     # one mode for all tensors: half the time; unoptimised: a second run of TorchScript has other operators
     shared = tracing(TracingContext(FakeTensorMode(allow_fallback_kernels=True)))
     with shared, torch.jit.optimized_execution(False):
-        return make_fx(lambda x: _first_tensor(network(x)), pre_dispatch=True)(images)
-
-
-def _first_tensor(found: Any) -> Tensor:
-    """The logits among what a network returns: the first tensor of (n, k), k at least 2."""
-    if isinstance(found, Tensor):
-        candidates: Sequence[Any] = [found]
-    elif isinstance(found, Mapping):
-        candidates = list(found.values())
-    else:
-        candidates = list(found) if isinstance(found, tuple | list) else []
-    for tensor in candidates:
-        if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[2:] == (1, 1):
-            tensor = tensor.flatten(1)
-        if isinstance(tensor, Tensor) and tensor.dim() == 2 and tensor.shape[1] >= 2:
-            return tensor
-    shapes = [tuple(tensor.shape) for tensor in candidates if isinstance(tensor, Tensor)]
-    raise LoadRefused(
-        "LD221", f"the network returns {shapes}, not (n, k) logits", "give a classifier of images"
-    )
+        return make_fx(lambda x: logits_in(network(x), len(x)), pre_dispatch=True)(images)
 
 
 @torch.no_grad()
@@ -92,7 +74,7 @@ def _check_equal(
     rebuilt.eval()
     step = sizes[0] if len(sizes) == 1 else len(images)
     count = len(images) // step * step
-    wanted = torch.cat([_first_tensor(network(part)).float() for part in images[:count].split(step)])
+    wanted = torch.cat([logits_in(network(part), len(part)).float() for part in images[:count].split(step)])
     for parts in (images[:count].split(count), images[:count].split(1)):
         seen = torch.cat([rebuilt(part) for part in parts])
         seen = _SQUASHING[found.cut](seen)

@@ -17,7 +17,7 @@ from unhorse.models.graph_values import check_value, dtype_named, last_uses, lit
 
 GRAPH = "graph"
 MAX_NODES = 20_000
-MAX_ELEMENTS = 2**28  # of one tensor for one image: a gigabyte
+MAX_ELEMENTS = 2**28  # of one tensor: a gigabyte
 
 LAYERS: dict[str, Callable[..., nn.Module]] = {
     "Conv2d": nn.Conv2d,
@@ -183,17 +183,20 @@ def graph_digest(graph: Mapping[str, Any]) -> str:
 
 def check_sizes(network: nn.Module, image_shape: Sequence[int], num_classes: int) -> None:
     """Runs the network without memory or numbers, on the meta device: ValueError where a tensor grows beyond
-    MAX_ELEMENTS, an operator refuses its arguments, or the output is not (n, num_classes).
+    MAX_ELEMENTS for one image or two, an operator refuses its arguments, or the output is not (n, num_classes).
     """
     network.eval()
-    try:
-        with torch.no_grad(), _Capped():
-            found = tuple(network(torch.empty(1, *image_shape, device="meta")).shape)
-    except (RuntimeError, TypeError, IndexError, NotImplementedError, KeyError, AttributeError) as error:
-        first = (str(error).splitlines() or [""])[0][:200]
-        raise ValueError(f"the graph does not run ({type(error).__name__}: {first})") from error
-    if found != (1, num_classes):
-        raise ValueError(f"the graph answers one image with shape {found}, not {num_classes} logits")
+    for count in (1, 2):  # a size may be harmless for one image and grow with the second
+        try:
+            with torch.no_grad(), _Capped():
+                found = tuple(network(torch.empty(count, *image_shape, device="meta")).shape)
+        except (RuntimeError, TypeError, IndexError, NotImplementedError, KeyError, AttributeError) as error:
+            first = (str(error).splitlines() or [""])[0][:200]
+            raise ValueError(f"the graph does not run ({type(error).__name__}: {first})") from error
+        if found != (count, num_classes):
+            raise ValueError(
+                f"the graph answers {count} image(s) with shape {found}, not {num_classes} logits"
+            )
 
 
 class _Capped(TorchDispatchMode):
