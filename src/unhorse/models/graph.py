@@ -183,7 +183,7 @@ def graph_digest(graph: Mapping[str, Any]) -> str:
 
 def check_sizes(network: nn.Module, image_shape: Sequence[int], num_classes: int) -> None:
     """Runs the network without memory or numbers, on the meta device: ValueError where a tensor grows beyond
-    MAX_ELEMENTS for one image or two, an operator refuses its arguments, or the output is not (n, num_classes).
+    MAX_ELEMENTS for one image or two, an operator refuses its arguments, or the output is not (n, k).
     """
     network.eval()
     for count in (1, 2):  # a size may be harmless for one image and grow with the second
@@ -195,7 +195,7 @@ def check_sizes(network: nn.Module, image_shape: Sequence[int], num_classes: int
             raise ValueError(f"the graph does not run ({type(error).__name__}: {first})") from error
         if found != (count, num_classes):
             raise ValueError(
-                f"the graph answers {count} image(s) with shape {found}, not {num_classes} logits"
+                f"the graph answers a batch of {count} with shape {found}, not {num_classes} logits"
             )
 
 
