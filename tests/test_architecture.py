@@ -17,6 +17,7 @@ FOREIGN = {"torchvision", "timm", "torchmetrics"}
 # files that belong to the unit of another file
 PARTS = {
     **{"image_files": "datasets", "inputs": "metrics", "rates": "metrics", "victims": "zoo"},
+    **{"populations": "zoo"},
     **{"exhibits": "report", "wording": "report", "guard_report": "report", "repair_report": "report"},
     **{"scanned_model": "report", "scan_report": "report", "findings": "report", "suppression": "report"},
     **{"sarif": "report", "junit": "report", "cyclonedx": "report", "rulebook": "rules"},

@@ -14,7 +14,8 @@ from unhorse.datasets import load_dataset, subset
 from unhorse.metrics import accuracy, trojan_accuracy
 from unhorse.models.classifier import weights_hash
 from unhorse.victims import AttackSpec, VictimSpec, load_victim, save_victim, train_victim
-from unhorse.zoo import ZooSpec, build, members, rejections
+from unhorse.populations import ZooSpec, read_populations
+from unhorse.zoo import build, members, rejections
 
 TOML = """
 name = "tiny"
@@ -103,7 +104,8 @@ def test_a_spec_with_a_mistake_is_refused_by_name(old, new, named):
         ZooSpec.model_validate(parsed(TOML.replace(old, new)))
 
 
-def test_the_identity_ignores_counts():
+def test_the_identity_ignores_groups_and_their_counts():
+    assert spec(groups=[]).identity() == spec().identity()
     groups = [group | {"count": 50} for group in json.loads(spec().model_dump_json())["groups"]]
     assert spec(groups=groups).identity() == spec().identity()
     assert spec().scaled(10).identity() == spec().identity()
@@ -121,8 +123,8 @@ def settings_of(value: object, path: tuple = ()) -> list[tuple]:
 @pytest.mark.filterwarnings("ignore:Pydantic serializer")  # "changed" is of the wrong type for most
 def test_the_identity_ignores_nothing_else():
     text = spec().model_dump_json()
-    paths = [path for path in settings_of(json.loads(text)) if path[-1] != "count"]
-    assert len(paths) > 35
+    paths = [path for path in settings_of(json.loads(text)) if path[0] != "groups"]
+    assert len(paths) > 25
     for path in paths:
         settings = json.loads(text)
         place = settings
@@ -208,6 +210,59 @@ def test_a_folder_refuses_another_population(population):
     with pytest.raises(ValueError, match="another population"):
         build(spec(seed=4), population)
     assert (population / "population.json").read_text() == before
+
+
+def test_a_population_may_get_further_groups_but_no_other_ones_of_the_same_name(population):
+    before = hashes(population)
+    groups = json.loads(spec().model_dump_json())["groups"]
+    further = groups[0] | {"name": "placebo", "count": 1, "attack": {"kind": "badnet", "mode": "placebo"}}
+    assert build(spec(groups=[*groups, further]), population)["trained_now"] == 1
+    assert before.items() < hashes(population).items()
+    with pytest.raises(ValueError, match="another group"):
+        build(spec(groups=[*groups, further | {"attack": None}]), population)
+
+
+FAMILY = """
+name = "family"
+seed = 3
+groups = [{ name = "benign", split = "held-back", count = 2 }]
+
+[[tasks]]
+name = "digits"
+recipe = { epochs = 1 }
+
+[[tasks]]
+name = "larger"
+data = { size = [16, 16] }
+groups = [{ name = "benign", split = "fit", count = 1 }]
+"""
+
+
+def test_a_family_is_a_population_per_task_with_the_familys_groups_or_its_own(tmp_path):
+    (tmp_path / "family.toml").write_text(FAMILY)
+    found = read_populations(tmp_path / "family.toml", tmp_path / "out")
+    assert list(found) == [tmp_path / "out" / "digits", tmp_path / "out" / "larger"]
+    digits, larger = found.values()
+    assert (digits.name, digits.seed, digits.recipe.epochs) == ("family-digits", 3, 1)
+    assert [(group.split, group.count) for group in digits.groups] == [("held-back", 2)]
+    assert larger.data.size == (16, 16) and [group.split for group in larger.groups] == ["fit"]
+    assert digits.identity() != larger.identity()
+
+
+def test_a_population_file_is_one_population_in_the_folder_that_was_asked_for(tmp_path):
+    (tmp_path / "zoo.toml").write_text(TOML)
+    assert read_populations(tmp_path / "zoo.toml", tmp_path / "out") == {
+        tmp_path / "out": ZooSpec.read(tmp_path / "zoo.toml")
+    }
+
+
+def test_an_all_target_victim_is_held_to_a_share_of_its_clean_accuracy(tmp_path):
+    attack = {"kind": "badnet", "mode": "all-target"}
+    groups = [{"name": "all", "split": "fit", "count": 1, "attack": attack}]
+    for share, accepted in ((0.0, 1), (2.0, 0)):
+        acceptance = {"clean_margin": 1.0, "trojan": 1.1, "all_target": share, "attempts": 1, "median_of": 1}
+        counts = build(spec(acceptance=acceptance, groups=groups), tmp_path / str(share))
+        assert counts["accepted"] == accepted
 
 
 def test_a_draft_that_a_killed_build_left_behind_is_no_member(population):

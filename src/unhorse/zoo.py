@@ -1,96 +1,23 @@
-"""Seeded populations of benign and trojaned victims: specs and resumable builds. Both kinds pass through one
-training function.
+"""Seeded populations of benign and trojaned victims: resumable builds and their registers. Both kinds pass
+through one training function.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, Self
-
-from pydantic import Field, model_validator
+from typing import Any
 
 from unhorse import jobs
-from unhorse.models.training import Recipe
-from unhorse.victims import AttackSpec, DataSpec, Spec, VictimSpec, save_victim, train_victim
+from unhorse.populations import GroupSpec, ZooSpec
+from unhorse.victims import save_victim, train_victim
 
 # not below hidden folders: those are drafts, of which a killed build may leave some
 CARDS = "[!.]*/[!.]*/card.json"
-
-
-class GroupSpec(Spec):
-    """`count` victims of one kind in one split; no attack means benign."""
-
-    name: str = Field(pattern=r"^\w[\w-]*$")
-    split: Literal["fit", "held-back"]
-    count: int
-    attack: AttackSpec | None = None
-
-
-class AcceptanceSpec(Spec):
-    """Who may enter: clean accuracy within `clean_margin` of the benign median, Trojan accuracy of at least
-    `trojan`.
-    """
-
-    clean_margin: float = 0.01
-    trojan: float = 0.9
-    attempts: int = 3
-    median_of: int = 16
-
-
-class ZooSpec(Spec):
-    """A population: one data set, architecture and recipe, and groups of victims."""
-
-    name: str
-    seed: int = 0
-    data: DataSpec = DataSpec()
-    architecture: str = "small-cnn"
-    options: dict[str, Any] = {}
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    recipe: Recipe = Recipe()
-    acceptance: AcceptanceSpec = AcceptanceSpec()
-    groups: tuple[GroupSpec, ...]
-
-    @model_validator(mode="after")
-    def _has_a_folder_for_each_group(self) -> Self:
-        places = [(group.split, group.name) for group in self.groups]
-        if twice := sorted({place for place in places if places.count(place) > 1}):
-            raise ValueError(f"two groups are called {twice[0]}: give each a name of its own in its split")
-        return self
-
-    @staticmethod
-    def read(path: Path) -> ZooSpec:
-        """A spec from a TOML file; a relative data source is taken from the current folder."""
-        return ZooSpec.model_validate(tomllib.loads(Path(path).read_text(encoding="utf-8")))
-
-    def identity(self) -> str:
-        """A hash of everything in the spec but the counts: a population may grow, not change."""
-        settings = json.loads(self.model_dump_json())
-        if settings["data"]["size"] is None:
-            del settings["data"]["size"]  # younger than the first populations
-        for group in settings["groups"]:
-            del group["count"]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-
-    def scaled(self, factor: float) -> ZooSpec:
-        """The same population with every count times `factor`, at least one of each."""
-        groups = [
-            group.model_copy(update={"count": max(1, round(group.count * factor))}) for group in self.groups
-        ]
-        return self.model_copy(update={"groups": tuple(groups)})
-
-    def victim(self, group: GroupSpec, index: int, attempt: int) -> VictimSpec:
-        key = f"{self.seed}/{group.split}/{group.name}/{index}/{attempt}"
-        seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") // 2
-        same = ("data", "architecture", "options", "mean", "std", "recipe")
-        return VictimSpec(**{name: getattr(self, name) for name in same}, attack=group.attack, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -144,17 +71,21 @@ class _Job:
         for attempt in range(required.attempts):
             model, attack, card = train_victim(self.spec.victim(self.group, self.index, attempt))
             metrics = card["metrics"]
-            reasons = []
-            if abs(metrics["clean_accuracy"] - benign_median) > required.clean_margin:
-                reasons.append("clean accuracy")
-            if card["trojaned"] and metrics["trojan_accuracy"] < required.trojan:
-                reasons.append("trojan accuracy")
-            if not reasons:
+            if not (reasons := self._misses(card["trojaned"], metrics, benign_median)):
                 card |= {"group": self.group.name, "split": self.group.split, "rejected": rejected}
                 save_victim(_place(self.folder, self.group, self.index), model, attack, card)
                 return
             rejected.append({"attempt": attempt, "reasons": reasons, **metrics})
         _write_json(_place(self.folder, self.group, self.index).with_suffix(".rejected.json"), rejected)
+
+    def _misses(self, trojaned: bool, metrics: dict[str, float], benign_median: float) -> list[str]:
+        """What a victim is rejected for."""
+        required, clean = self.spec.acceptance, metrics["clean_accuracy"]
+        least, attack = required.trojan, self.group.attack
+        if required.all_target is not None and attack is not None and attack.mode == "all-target":
+            least = required.all_target * clean
+        reasons = ["clean accuracy"] if abs(clean - benign_median) > required.clean_margin else []
+        return reasons + ["trojan accuracy"] * (trojaned and metrics["trojan_accuracy"] < least)
 
 
 class _MedianJob:
@@ -202,16 +133,23 @@ def _done(folder: Path, group: GroupSpec, index: int) -> bool:
 
 
 def _claim(spec: ZooSpec, folder: Path) -> None:
-    """A folder holds one population: its spec is written first and never changes, but for larger counts."""
+    """A folder holds one population: its spec is written first and never changes, but for more groups and
+    larger counts.
+    """
     path = folder / "population.json"
-    wanted = {"identity": spec.identity(), "spec": json.loads(spec.model_dump_json())}
+    known: dict[tuple[str, str], GroupSpec] = {}
     if path.exists():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found["identity"] != wanted["identity"]:
+        found = ZooSpec.model_validate(json.loads(path.read_text(encoding="utf-8"))["spec"])
+        if found.identity() != spec.identity():
+            raise ValueError(f"{folder} holds another population ({found.identity()}): choose another folder")
+        known = {(group.split, group.name): group for group in found.groups}
+    for group in spec.groups:
+        there = known.setdefault((group.split, group.name), group)
+        if there.attack != group.attack:
             raise ValueError(
-                f"{folder} holds another population ({found['identity']}): choose another folder"
+                f"{folder} has another group {group.split}/{group.name}: give this one another name"
             )
-    _write_json(path, wanted)
+    _write_json(path, {"identity": spec.identity(), "spec": json.loads(spec.model_dump_json())})
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -170,6 +170,16 @@ def _small_cnn_options(state: State) -> dict[str, object]:
     return {"widths": widths, "hidden": state["head.1.weight"].shape[0]}
 
 
+def _small_resnet_options(state: State) -> dict[str, object]:
+    blocks = [name for name in state if name.endswith(".conv2.weight")]
+    return {"widths": [len(state[name]) for name in sorted(blocks)]}
+
+
+def _ulp_options(state: State) -> dict[str, object]:
+    width = len(state["features.0.weight"])
+    return {} if width == 64 else {"width": width}
+
+
 def _vit_side(state: State) -> tuple[int, bool]:
     return 16 * math.isqrt(state["encoder.pos_embedding"].shape[1] - 1), True
 
@@ -217,7 +227,8 @@ _SIGNS: dict[str, _Signs] = {
     "small-cnn": _Signs("features.0.weight", "head.3.weight", _small_cnn_side, _small_cnn_options),
     "input-aware-cnn": _Signs("features.0.weight", "head.4.weight", _fixed(28), renames=_INPUT_AWARE_NAMES),
     "wanet-cnn": _Signs("features.0.weight", "head.4.weight", _fixed(28), renames=_WANET_NAMES),
-    "ulp-vgg": _Signs("features.0.weight", "head.9.weight", _fixed(32), renames=_ULP_NAMES),
+    "ulp-vgg": _Signs("features.0.weight", "head.9.weight", _fixed(32), _ulp_options, _ULP_NAMES),
+    "small-resnet": _Signs("features.0.weight", "head.2.weight", _assumed(32), _small_resnet_options),
     "ulp-resnet18": _Signs("conv1.weight", "fc.weight", _assumed(64)),
     "preact-resnet18": _Signs("conv1.weight", "fc.weight", _assumed(32), renames=_CIFAR_NAMES),
     "resnet18-64": _Signs("conv1.weight", "fc.weight", _assumed(64), renames=_CIFAR_NAMES),

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from unhorse.models import published
 from unhorse.models.graph import GRAPH, GraphNetwork
-from unhorse.models.resnets import BasicBlock, Bottleneck, PreActBlock, ResNet
+from unhorse.models.resnets import BasicBlock, Bottleneck, PreActBlock, ResNet, small_resnet
 from unhorse.models.small_networks import ImageShape, input_aware_cnn, small_cnn, ulp_vgg, wanet_cnn
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -51,7 +51,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "small-cnn": Architecture(small_cnn, (1, 28, 28), options=("widths", "hidden")),
     "input-aware-cnn": Architecture(input_aware_cnn, (1, 28, 28)),
     "wanet-cnn": Architecture(wanet_cnn, (1, 28, 28)),
-    "ulp-vgg": Architecture(ulp_vgg, (3, 32, 32), std=(1 / 255,)),
+    "small-resnet": Architecture(small_resnet, (3, 32, 32), options=("widths",)),
+    "ulp-vgg": Architecture(ulp_vgg, (3, 32, 32), std=(1 / 255,), options=("width",)),
     "ulp-resnet18": _imagenet(
         partial(ResNet, block=BasicBlock, layers=(1, 1, 1, 1), small_stem=True), side=64
     ),
