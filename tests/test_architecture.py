@@ -23,6 +23,7 @@ PARTS = {
     **{"sarif": "report", "junit": "report", "cyclonedx": "report", "rulebook": "rules"},
     **{"survey": "cli", "demo": "cli", "inspection": "cli", "model_files": "cli"},
     **{"survey_cache": "cli", "doubts": "cli"},
+    "ray_jobs": "jobs",
 }
 DEFENCE = {"core", "triggers", "metrics", "models"}
 ZOO = {"core", "datasets", "models", "attacks", "triggers", "metrics", "jobs"}

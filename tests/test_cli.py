@@ -244,7 +244,7 @@ def test_a_population_is_built_a_scanner_fitted_and_used(tmp_path, capsys):
     (tmp_path / "zoo.toml").write_text(ZOO)
     zoo, scanner = tmp_path / "zoo", tmp_path / "scanner"
     assert run(["zoo", "build", str(tmp_path / "zoo.toml"), "-o", str(zoo), "--jobs", "1"]) == 0
-    assert "accepted: 6" in capsys.readouterr().out
+    assert "accepted 6" in capsys.readouterr().out
     assert run(["scanner", "fit", str(zoo), "-o", str(scanner), "--epochs", "2"]) == 0
     assert "6 models, 3 of them trojaned" in capsys.readouterr().err
     assert json.loads((scanner / "scanner.json").read_text())["kind"] == "set"

@@ -1,5 +1,5 @@
-"""Independent jobs in worker processes, with progress and an ETA. Durable results are the job's own,
-atomically renamed files.
+"""Independent jobs, here, in worker processes or on a Ray cluster, with progress and an ETA. Durable results
+are the job's own, atomically renamed files: any engine goes on where another was stopped.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
 
 
 class Outcome(NamedTuple):
@@ -21,47 +22,93 @@ class Outcome(NamedTuple):
     error: BaseException | None
 
 
-def run(
-    function: Callable[[Any], Any], items: Sequence[Any], *, workers: int = 1, attempts: int = 3
-) -> Iterator[Outcome]:
-    """Yields outcomes as they come. With one worker the jobs run here; with more, in processes of one thread
-    each.
+Job = Callable[[Any], Any]
+Round = Callable[[Job, Sequence[Any], int], Generator[Outcome, None, list[Outcome]]]
+"""(function, items, workers): yields outcomes; returns those whose worker died, each with what is known of
+its death.
+"""
 
-    An exception of `function` is that job's outcome. When a worker dies (killed, out of memory) the jobs that
-    it took down are started again; after `attempts` rounds in a row that finish nothing, what is left is
-    given up, each with an error.
+_elsewhere: ContextVar[Round | None] = ContextVar("elsewhere", default=None)
+
+
+@contextmanager
+def engine(
+    name: Literal["local", "ray"] = "local",
+    *,
+    address: str | None = None,
+    cpus_per_job: float = 1,
+    gpus_per_job: float = 0,
+) -> Iterator[None]:
+    """Where every `run` inside takes its jobs: to processes of this machine, or to a Ray cluster.
+
+    `address` is a cluster's host:port, "auto" (one that runs here) or "local" (one of its own, as large as
+    `workers`, that ends with the context); None is the environment's RAY_ADDRESS, else "local". A job is
+    given that many CPUs (so many threads) and GPUs (fractions share one; at 0 it sees none). The nodes of a
+    cluster need the folders that jobs read and write. ValueError where Ray is not installed, ConnectionError
+    where no cluster answers.
     """
-    if workers <= 1 or len(items) <= 1:
-        for item in items:
-            yield _attempt(function, item)
-        return
-    remaining, fruitless = list(items), 0
+    if name not in ("local", "ray"):
+        raise ValueError(f"unknown engine {name!r}: local or ray")
+    if name == "local":
+        if address is not None or gpus_per_job:
+            raise ValueError("an address and GPUs per job are for Ray: choose the engine ray")
+        opened: Any = nullcontext()
+    else:
+        from unhorse.ray_jobs import cluster  # late: Ray is large, and few ask for it
+
+        opened = cluster(address, cpus_per_job=cpus_per_job, gpus_per_job=gpus_per_job)
+    with opened as elsewhere:
+        token = _elsewhere.set(elsewhere)
+        try:
+            yield
+        finally:
+            _elsewhere.reset(token)
+
+
+def run(function: Job, items: Sequence[Any], *, workers: int = 1, attempts: int = 3) -> Iterator[Outcome]:
+    """Yields outcomes as they come. With one worker the jobs run here; with more, in processes of one thread
+    each; inside `engine("ray")` always there, at most `workers` at a time, or what fits if that is 0.
+
+    An exception of `function` is that job's outcome. When a worker dies (killed, out of memory, its node
+    lost) the jobs that it took down are started again; after `attempts` rounds in a row that finish nothing,
+    what is left is given up, each with an error.
+    """
+    elsewhere = _elsewhere.get()
+    if elsewhere is None and (workers <= 1 or len(items) <= 1):
+        return (_attempt(function, item) for item in items)
+    return _rounds(elsewhere or _round, function, items, workers, attempts)
+
+
+def _rounds(
+    one_round: Round, function: Job, items: Sequence[Any], workers: int, attempts: int
+) -> Iterator[Outcome]:
+    remaining, undone, fruitless = list(items), [], 0
     while remaining and fruitless < attempts:
-        before = len(remaining)
-        remaining = yield from _round(function, remaining, min(workers, before))
-        fruitless = fruitless + 1 if len(remaining) == before else 0
-    for item in remaining:
-        yield Outcome(item, None, RuntimeError("its worker process died (killed or out of memory)"))
+        undone = yield from one_round(function, remaining, workers)
+        fruitless = fruitless + 1 if len(undone) == len(remaining) else 0
+        remaining = [outcome.item for outcome in undone]
+        if undone and fruitless < attempts:
+            say(f"{len(undone)} of {len(items)} jobs are started again; of the first, {undone[0].error}")
+    yield from undone
 
 
-def _round(
-    function: Callable[[Any], Any], items: Sequence[Any], workers: int
-) -> Generator[Outcome, None, list[Any]]:
-    """Yields the outcomes of one pool; returns the items that a dying worker left undone."""
+def _round(function: Job, items: Sequence[Any], workers: int) -> Generator[Outcome, None, list[Outcome]]:
+    """One pool of processes here: when a worker dies, all that were not finished are undone."""
     from joblib.externals.loky import ProcessPoolExecutor
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
-    executor = ProcessPoolExecutor(max_workers=workers, initializer=_single_thread)
+    executor = ProcessPoolExecutor(max_workers=min(workers, len(items)), initializer=_single_thread)
     undone = []
     try:
         futures: dict[Future[Outcome], Any] = {
-            executor.submit(_attempt_away, function, item): item for item in items
+            executor.submit(attempt_away, function, item): item for item in items
         }
         for future in as_completed(futures):
             try:
                 yield future.result()
             except BrokenProcessPool:
-                undone.append(futures[future])
+                died = RuntimeError("its worker process died (killed or out of memory)")
+                undone.append(Outcome(futures[future], None, died))
     finally:
         executor.shutdown(wait=False, kill_workers=True)
     return undone
@@ -72,14 +119,14 @@ def call(job: Callable[[], Any]) -> Any:
     return job()
 
 
-def _attempt(function: Callable[[Any], Any], item: Any) -> Outcome:
+def _attempt(function: Job, item: Any) -> Outcome:
     try:
         return Outcome(item, function(item), None)
     except Exception as error:  # whatever a job raises is its outcome, and the others go on
         return Outcome(item, None, error)
 
 
-def _attempt_away(function: Callable[[Any], Any], item: Any) -> Outcome:
+def attempt_away(function: Job, item: Any) -> Outcome:
     """An attempt whose error can be sent home: one that cannot be rebuilt there would break the pool."""
     outcome = _attempt(function, item)
     error = outcome.error

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,3 +71,43 @@ class ReportOptions:
 
 
 TERMINAL_ONLY = ReportOptions()
+
+
+@Parameter(name="*", group=COMPUTE, negative=())
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Where jobs run, and how many at a time."""
+
+    jobs: Annotated[
+        int | None, Parameter(help="Jobs at a time; 2 if left out, on a cluster all that have room.")
+    ] = None
+    engine: Annotated[
+        Literal["local", "ray"], Parameter(help="Processes here, or tasks of a Ray cluster.")
+    ] = "local"
+    address: Annotated[
+        str | None,
+        Parameter(help="The Ray cluster: host:port, auto (one running here), or local (one of its own)."),
+    ] = None
+    gpus_per_job: Annotated[
+        float, Parameter(help="GPUs of a job on Ray: 0.25 puts four on one; at 0 a job sees none.")
+    ] = 0.0
+    cpus_per_job: Annotated[float, Parameter(help="CPUs, and so threads, of a job on Ray.")] = 1.0
+
+    @contextmanager
+    def open(self) -> Iterator[int]:
+        """Jobs inside run on the engine; gives the number of workers to ask for."""
+        from unhorse import jobs
+
+        with jobs.engine(
+            self.engine,
+            address=self.address,
+            cpus_per_job=self.cpus_per_job,
+            gpus_per_job=self.gpus_per_job,
+        ):
+            here = (
+                self.engine == "local" or (self.address or os.environ.get("RAY_ADDRESS", "local")) == "local"
+            )
+            yield self.jobs if self.jobs is not None else 2 if here else 0
+
+
+TWO_JOBS_HERE = EngineOptions()

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, Parameter
 
+from unhorse.cli.options import TWO_JOBS_HERE, EngineOptions
+
 AttackName = Literal[
     "none",
     "badnet",
@@ -29,15 +31,22 @@ def build(
     /,
     *,
     output: Annotated[Path, Parameter(alias="-o")],
-    jobs: int = 2,
     scale: Annotated[float, Parameter(help="Multiplies every count.")] = 1.0,
+    stack: Annotated[
+        int | None, Parameter(help="Models trained at once as one; 16 on an accelerator if left out, else 1.")
+    ] = None,
+    engine: EngineOptions = TWO_JOBS_HERE,
 ) -> int:
-    """Build a population from a TOML spec; killed and called again, it goes on."""
-    from unhorse.zoo import ZooSpec
+    """Build a population, or a family of them, from a TOML spec; killed and called again, on whatever engine,
+    it goes on.
+    """
+    from unhorse.populations import read_populations
     from unhorse.zoo import build as build_zoo
 
-    counts = build_zoo(ZooSpec.read(spec).scaled(scale), output, workers=jobs)
-    print(", ".join(f"{name}: {count}" for name, count in counts.items()))
+    with engine.open() as workers:
+        for folder, population in read_populations(spec, output).items():
+            counts = build_zoo(population.scaled(scale), folder, workers=workers, stack=stack)
+            print(f"{folder}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0
 
 
@@ -87,7 +96,7 @@ def benchmark(
     victims: Annotated[
         Path | None, Parameter(help="Another victims spec than the one that a table of filters names.")
     ] = None,
-    jobs: int = 2,
+    engine: EngineOptions = TWO_JOBS_HERE,
     render: Annotated[bool, Parameter(help="Only render the tables from the rows.")] = False,
 ) -> int:
     """Run a benchmark spec into rows (resumable), and render the tables."""
@@ -96,7 +105,8 @@ def benchmark(
     if spec is not None and not render:
         from unhorse.benchmark.run import run_spec
 
-        run_spec(spec, work, results / "results", victims=victims, workers=jobs)
+        with engine.open() as workers:
+            run_spec(spec, work, results / "results", victims=victims, workers=workers)
     elif not render:
         raise ValueError("no spec given: name one of benchmarks/specs, or pass --render")
     render_to(results / "README.md")

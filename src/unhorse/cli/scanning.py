@@ -12,6 +12,8 @@ from unhorse.cli.options import (
     COMPUTE,
     MODEL,
     TERMINAL_ONLY,
+    TWO_JOBS_HERE,
+    EngineOptions,
     ModelOptions,
     ReportOptions,
 )
@@ -92,7 +94,7 @@ def fit(
     ] = None,
     epochs: int | None = None,
     seed: int = 0,
-    jobs: int = 1,
+    engine: EngineOptions = TWO_JOBS_HERE,
 ) -> int:
     """Fit a scanner on the signatures of a population's `fit` split."""
     from unhorse.benchmark.signatures import population_signatures
@@ -100,7 +102,8 @@ def fit(
 
     settings: dict[str, Any] = {} if preset is None else {"preset": preset}
     scanner = SignatureScanner(kind=kind, maps=maps, epochs=epochs, seed=seed, **settings)
-    register, signatures = population_signatures(population, "fit", scanner.preset, workers=jobs)
+    with engine.open() as workers:
+        register, signatures = population_signatures(population, "fit", scanner.preset, workers=workers)
     say(f"fitting on {len(register)} models, {sum(member.trojaned for member in register)} of them trojaned")
     trojaned, targets = [member.trojaned for member in register], [member.target for member in register]
     step = epochs_progress("fitting")
