@@ -12,9 +12,9 @@ import unhorse.zoo
 from unhorse.attacks.poisoning import CleanLabelPoisoning, Poisoning
 from unhorse.datasets import load_dataset, subset
 from unhorse.metrics import accuracy, trojan_accuracy
-from unhorse.models.classifier import weights_hash
-from unhorse.victims import AttackSpec, VictimSpec, load_victim, save_victim, train_victim
+from unhorse.models.classifier import read_card, weights_hash
 from unhorse.populations import ZooSpec, read_populations
+from unhorse.victims import AttackSpec, VictimSpec, load_victim, save_victim, train_victim
 from unhorse.zoo import build, members, rejections
 
 TOML = """
@@ -203,6 +203,16 @@ def test_a_population_may_grow_and_keeps_its_members(population):
     after = hashes(population)
     assert len(after) == 6
     assert before.items() < after.items()
+
+
+def test_stacked_victims_fill_the_same_places_with_the_same_seeds(built, tmp_path):
+    counts = build(spec(), tmp_path, stack=3)
+    assert (counts["accepted"], counts["trained_now"]) == (4, 4)
+    for member in members(tmp_path):
+        card, alone = read_card(member.folder), read_card(built / member.folder.relative_to(tmp_path))
+        assert card["spec"] == alone["spec"] and card["attack"] == alone["attack"]
+        assert card["metrics"] == pytest.approx(alone["metrics"], abs=0.05)
+    assert {read_card(member.folder).get("stacked") for member in members(tmp_path)} == {3, None}
 
 
 def test_a_folder_refuses_another_population(population):

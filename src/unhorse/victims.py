@@ -5,9 +5,10 @@ trigger.safetensors).
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,24 +17,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
-from unhorse.attacks.input_aware import InputAware
 from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning, StampKind
-from unhorse.attacks.wanet import WaNet
+from unhorse.attacks.registry import MADE, attack_card, restored_attack
+from unhorse.attacks.stacked_poisoning import kind_of, part_of
 from unhorse.core import Attack, Classifier, Dataset
 from unhorse.datasets import load_dataset, natural_images, subset
 from unhorse.metrics import accuracy, recovery_accuracy, trojan_accuracy
 from unhorse.models.classifier import load_classifier, new_classifier, read_card, save_classifier
-from unhorse.models.training import Recipe, train
+from unhorse.models.stacked_training import train_stack
+from unhorse.models.stacking import obstacle
+from unhorse.models.training import EpochLog, Recipe, train
 from unhorse.rates import TrojanImages
 from unhorse.triggers import Stamp
-
-MADE: dict[str, type[Poisoning] | type[CleanLabelPoisoning] | type[InputAware] | type[WaNet]] = {
-    **dict.fromkeys(STAMPS, Poisoning),
-    "clean-label": CleanLabelPoisoning,
-    "input-aware": InputAware,
-    "wanet": WaNet,
-}
-"""The class of every attack that a spec may name."""
 
 
 class Spec(BaseModel):
@@ -123,11 +118,83 @@ def train_victim(
 ) -> tuple[Classifier, Attack | None, dict[str, Any]]:
     """Trains the victim of `spec` and measures it; returns (classifier, attack, card fields)."""
     started = time.monotonic()
-    data, test = (_data(spec.data.source, part, spec.data.size) for part in (spec.data.train, spec.data.test))
+    data, test = _train_and_test(spec.data)
     if spec.data.images is not None:
         data = subset(data, spec.data.images, seed=spec.seed)
-    if spec.data.test_images is not None:
-        test = subset(test, spec.data.test_images, seed=0)
+    model, attack = _untrained(spec, data, device)
+    log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
+    return model, attack, _card(spec, model, attack, test, log) | {"seconds": _since(started)}
+
+
+def can_stack(specs: Sequence[VictimSpec]) -> bool:
+    """Whether `train_victims` takes these specs; `why_not_stacked` says why not."""
+    return not why_not_stacked(specs)
+
+
+def why_not_stacked(specs: Sequence[VictimSpec]) -> str:
+    """What keeps these victims from being trained at once; empty if nothing does."""
+    if not specs:
+        return "there is no spec"
+    for spec in specs:
+        alike = spec.model_copy(update={"seed": specs[0].seed, "attack": specs[0].attack})
+        if alike != specs[0]:
+            return "the specs differ in more than seed and attack"
+        if spec.attack is not None and spec.attack.kind == "input-aware":
+            return "input-aware trains networks of its own beside each victim"
+    data, _ = _train_and_test(specs[0].data)
+    return obstacle([_untrained(specs[0].model_copy(update={"attack": None}), data, None)[0]])
+
+
+def train_victims(
+    specs: Sequence[VictimSpec], *, device: torch.device | None = None
+) -> list[tuple[Classifier, Attack | None, dict[str, Any]]]:
+    """Trains the victims of `specs` as one stack on `device`; returns for each what `train_victim` does.
+
+    Raises ValueError where `can_stack` says no. The data lie on the device once; a card's `seconds` are the
+    stack's, shared out evenly, and `stacked` is the number of victims in it.
+    """
+    if reason := why_not_stacked(specs):
+        raise ValueError(f"these victims cannot be stacked: {reason}; train them one by one")
+    started, first = time.monotonic(), specs[0]
+    data, test = _train_and_test(first.data)
+    device = torch.device("cpu") if device is None else device
+    data, there = (replace(each, images=each.images.to(device)) for each in (data, test))
+    made = [_untrained(spec, data, device) for spec in specs]
+    # attacks of one kind stand together in the stack
+    kinds = [kind_of(attack) for _, attack in made]
+    order = sorted(range(len(specs)), key=lambda index: str(kinds[index]))
+    groups = [list(group) for _, group in itertools.groupby(order, key=lambda index: kinds[index])]
+    logs = train_stack(
+        [made[index][0] for index in order],
+        data,
+        first.recipe,
+        seeds=[specs[index].seed for index in order],
+        rows=[_rows(data, specs[index]) for index in order],
+        parts=[part_of([made[index][1] for index in group]) for group in groups],
+    )
+    log_of = dict(zip(order, logs, strict=True))
+    cards = [_card(spec, *made[index], there, log_of[index]) for index, spec in enumerate(specs)]
+    shared = {"seconds": round(_since(started) / len(specs), 2), "stacked": len(specs)}
+    return [(*pair, card | shared) for pair, card in zip(made, cards, strict=True)]
+
+
+def _train_and_test(spec: DataSpec) -> tuple[Dataset, Dataset]:
+    data, test = (_data(spec.source, part, spec.size) for part in (spec.train, spec.test))
+    return data, test if spec.test_images is None else subset(test, spec.test_images, seed=0)
+
+
+def _rows(data: Dataset, spec: VictimSpec) -> torch.Tensor:
+    """Where in `data` a victim's own images are: `subset` on the numbers of the images."""
+    every = torch.arange(len(data))
+    if spec.data.images is None:
+        return every
+    return subset(replace(data, images=every), spec.data.images, seed=spec.seed).images
+
+
+def _untrained(
+    spec: VictimSpec, data: Dataset, device: torch.device | None
+) -> tuple[Classifier, Attack | None]:
+    """A victim's classifier with its initial weights, and its attack."""
     model = new_classifier(
         spec.architecture,
         image_shape=data.image_shape,
@@ -138,28 +205,40 @@ def train_victim(
         seed=spec.seed,
     ).to(device)
     rng = torch.Generator().manual_seed(spec.seed)
-    attack = None if spec.attack is None else make_attack(spec.attack, model, spec.recipe, rng)
-    log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
+    return model, None if spec.attack is None else make_attack(spec.attack, model, spec.recipe, rng)
+
+
+def _card(
+    spec: VictimSpec, model: Classifier, attack: Attack | None, test: Dataset, log: list[EpochLog]
+) -> dict[str, Any]:
+    """What is known of a trained victim, its measured accuracies included."""
     infected = spec.attack is not None and spec.attack.mode != "placebo"
     metrics = {"clean_accuracy": accuracy(model, test), "trojan_accuracy": None}
     if attack is not None and infected:
         metrics |= attack_metrics(model, test, attack, seed=spec.seed)
-    card = {
+    return {
         "spec": json.loads(spec.model_dump_json()),
-        "attack": None if attack is None else _attack_card(attack),
+        "attack": None if attack is None else attack_card(attack),
         "trojaned": infected,
         "metrics": metrics,
         "training_log": [entry._asdict() for entry in log],
         "versions": {"torch": torch.__version__},
-        "seconds": round(time.monotonic() - started, 2),
     }
-    return model, attack, card
+
+
+def _since(started: float) -> float:
+    return round(time.monotonic() - started, 2)
 
 
 def attack_metrics(model: Classifier, data: Dataset, attack: Attack, *, seed: int) -> dict[str, float]:
     """Trojan accuracy, and the accuracy on every other probe of the attack (cross, noise)."""
     # a generator of its own, so that a victim judged again from disk draws the same triggers
     judging = torch.Generator().manual_seed(seed)
+    if isinstance(attack, Poisoning | CleanLabelPoisoning):  # its triggers are read image by image
+        patterns, masks = (
+            each.to(model.mean.device) for each in (attack.trigger.patterns, attack.trigger.masks)
+        )
+        attack = replace(attack, trigger=Stamp(patterns, masks))
     found = {"trojan_accuracy": trojan_accuracy(model, data, attack, rng=judging)}
     for probe in sorted(attack.probes().keys() - {"trojan"}):
         found[f"{probe}_accuracy"] = recovery_accuracy(model, data, attack, rng=judging, probe=probe)
@@ -204,17 +283,6 @@ def make_attack(spec: AttackSpec, model: Classifier, recipe: Recipe, rng: torch.
     return Poisoning(stamp, model.num_classes, spec.mode, target, source, **options)
 
 
-def _attack_card(attack: Attack) -> dict[str, Any]:
-    """The class and the plain settings of an attack; its tensors lie beside the card."""
-    settings = {entry.name: getattr(attack, entry.name) for entry in fields(attack) if entry.init}  # type: ignore[arg-type]
-    plain = {
-        name: value
-        for name, value in settings.items()
-        if not name.endswith("_") and isinstance(value, bool | int | float | str | tuple | None)
-    }
-    return {"class": type(attack).__name__, **plain}
-
-
 def save_victim(folder: Path, model: Classifier, attack: Attack | None, card: Mapping[str, Any]) -> Path:
     """Writes a victim's folder, whole or not at all: model.safetensors, card.json and, with an attack,
     trigger.safetensors.
@@ -228,15 +296,5 @@ def load_victim(folder: Path) -> Victim:
     card: dict[str, Any] = read_card(folder)
     attack: Attack | None = None
     if card.get("attack") is not None:
-        attack = _restored(dict(card["attack"]), load_file(Path(folder) / "trigger.safetensors"))
+        attack = restored_attack(dict(card["attack"]), load_file(Path(folder) / "trigger.safetensors"))
     return Victim(Path(folder), load_classifier(folder), attack, card)
-
-
-def _restored(settings: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Attack:
-    made = {kind.__name__: kind for kind in MADE.values()}[settings.pop("class")]
-    settings = {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
-    if issubclass(made, Poisoning | CleanLabelPoisoning):
-        return made(Stamp(tensors["patterns"], tensors["masks"]), **settings)
-    attack = made(**settings)
-    attack.load_state_dict(tensors)
-    return attack

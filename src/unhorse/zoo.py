@@ -5,19 +5,24 @@ through one training function.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
+
 from unhorse import jobs
+from unhorse.core import Attack, Classifier
+from unhorse.models.classifier import CARD_FILE
 from unhorse.populations import GroupSpec, ZooSpec
-from unhorse.victims import save_victim, train_victim
+from unhorse.victims import can_stack, save_victim, train_victim, train_victims
 
 # not below hidden folders: those are drafts, of which a killed build may leave some
 CARDS = "[!.]*/[!.]*/card.json"
+Trained = tuple[Classifier, Attack | None, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -30,27 +35,31 @@ class Member:
     target: int | None
 
 
-def build(spec: ZooSpec, folder: Path, *, workers: int = 1) -> dict[str, int]:
+def build(spec: ZooSpec, folder: Path, *, workers: int = 1, stack: int | None = None) -> dict[str, int]:
     """Builds what is missing of a population in `folder`; killed and called again, it goes on. Returns
     counts.
 
     First `median_of` benign victims are trained for the median clean accuracy (median.json) that all are held
     to. A victim is one folder <split>/<group>-<index>, renamed into place; one whose attempts all failed
-    leaves <group>-<index>.rejected.json instead.
+    leaves <group>-<index>.rejected.json instead. `stack` victims are trained at once, as one network; None is
+    16 on an accelerator and one elsewhere, which is what is fast (docs/methods/stacking.md).
     """
     folder = Path(folder)
     _claim(spec, folder)
-    _work(f"{spec.name}: benign median", _median_jobs(spec, folder), workers)
-    paths = [_median_path(folder, index) for index in range(spec.acceptance.median_of)]
-    accuracies = [json.loads(path.read_text())["clean_accuracy"] for path in paths]
+    size = stack or (16 if torch.cuda.is_available() else 1)
+    benign = GroupSpec(name="median", split="fit", count=spec.acceptance.median_of)
+    places = [_Place(benign, index) for index in range(benign.count)]
+    medians = [place for place in places if not place.median(folder).exists()]
+    _work(
+        f"{spec.name}: benign median",
+        [_Median(spec, folder, part) for part in _parts(medians, size)],
+        workers,
+    )
+    accuracies = [json.loads(place.median(folder).read_text())["clean_accuracy"] for place in places]
     _write_json(folder / "median.json", {"clean_accuracy": median(accuracies), "of": accuracies})
-    todo = [
-        _Job(spec, folder, group, index)
-        for group in spec.groups
-        for index in range(group.count)
-        if not _done(folder, group, index)
-    ]
-    _work(f"{spec.name}: victims", todo, workers)
+    wanted = [_Place(group, index) for group in spec.groups for index in range(group.count)]
+    todo = [place for place in wanted if not place.done(folder)]
+    _work(f"{spec.name}: victims", [_Victims(spec, folder, part) for part in _parts(todo, size)], workers)
     counts = {
         "accepted": len(list(folder.glob(CARDS))),
         "rejected": len(list(folder.glob("*/*.rejected.json"))),
@@ -58,54 +67,88 @@ def build(spec: ZooSpec, folder: Path, *, workers: int = 1) -> dict[str, int]:
     return {**counts, "trained_now": len(todo)}
 
 
-class _Job:
-    """One victim to build: up to three seeds, the first acceptable one is kept."""
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """A victim's place in a population."""
 
-    def __init__(self, spec: ZooSpec, folder: Path, group: GroupSpec, index: int) -> None:
-        self.spec, self.folder, self.group, self.index = spec, folder, group, index
+    group: GroupSpec
+    index: int
+
+    def folder(self, population: Path) -> Path:
+        return population / self.group.split / f"{self.group.name}-{self.index:04d}"
+
+    def rejected(self, population: Path) -> Path:
+        return self.folder(population).with_suffix(".rejected.json")
+
+    def median(self, population: Path) -> Path:
+        return population / "median" / f"{self.index:04d}.json"
+
+    def done(self, population: Path) -> bool:
+        return (self.folder(population) / CARD_FILE).exists() or self.rejected(population).exists()
+
+
+def _parts(places: Sequence[_Place], size: int) -> list[tuple[_Place, ...]]:
+    """Places whose victims are trained at once: `size` of them, of attacks that stack."""
+    kinds = [place.group.attack.kind if place.group.attack else None for place in places]
+    alone = [
+        (place,) for place, kind in zip(places, kinds, strict=True) if size == 1 or kind == "input-aware"
+    ]
+    rest = [place for place, kind in zip(places, kinds, strict=True) if size > 1 and kind != "input-aware"]
+    return [*alone, *(tuple(rest[start : start + size]) for start in range(0, len(rest), size))]
+
+
+class _Job:
+    """Victims of one population that are trained at once."""
+
+    def __init__(self, spec: ZooSpec, folder: Path, places: tuple[_Place, ...]) -> None:
+        self.spec, self.folder, self.places = spec, folder, places
+
+    def _trained(self, places: Sequence[_Place], attempt: int) -> list[Trained]:
+        specs = [self.spec.victim(place.group, place.index, attempt) for place in places]
+        device = torch.device("cuda") if torch.cuda.is_available() else None
+        if len(specs) > 1 and can_stack(specs):
+            return train_victims(specs, device=device)
+        return [train_victim(spec, device=device) for spec in specs]
+
+
+class _Victims(_Job):
+    """Up to three seeds each, the first acceptable one is kept."""
 
     def __call__(self) -> None:
-        required = self.spec.acceptance
-        rejected: list[dict[str, Any]] = []
         benign_median = json.loads((self.folder / "median.json").read_text())["clean_accuracy"]
-        for attempt in range(required.attempts):
-            model, attack, card = train_victim(self.spec.victim(self.group, self.index, attempt))
-            metrics = card["metrics"]
-            if not (reasons := self._misses(card["trojaned"], metrics, benign_median)):
-                card |= {"group": self.group.name, "split": self.group.split, "rejected": rejected}
-                save_victim(_place(self.folder, self.group, self.index), model, attack, card)
+        rejected: dict[_Place, list[dict[str, Any]]] = {place: [] for place in self.places}
+        for attempt in range(self.spec.acceptance.attempts):
+            if not rejected:
                 return
-            rejected.append({"attempt": attempt, "reasons": reasons, **metrics})
-        _write_json(_place(self.folder, self.group, self.index).with_suffix(".rejected.json"), rejected)
+            places = list(rejected)
+            for place, (model, attack, card) in zip(places, self._trained(places, attempt), strict=True):
+                if reasons := self._misses(place, card, benign_median):
+                    rejected[place].append({"attempt": attempt, "reasons": reasons, **card["metrics"]})
+                    continue
+                group = place.group
+                card |= {"group": group.name, "split": group.split, "rejected": rejected.pop(place)}
+                save_victim(place.folder(self.folder), model, attack, card)
+        for place, attempts in rejected.items():
+            _write_json(place.rejected(self.folder), attempts)
 
-    def _misses(self, trojaned: bool, metrics: dict[str, float], benign_median: float) -> list[str]:
+    def _misses(self, place: _Place, card: dict[str, Any], benign_median: float) -> list[str]:
         """What a victim is rejected for."""
-        required, clean = self.spec.acceptance, metrics["clean_accuracy"]
-        least, attack = required.trojan, self.group.attack
+        required, attack = self.spec.acceptance, place.group.attack
+        clean, least = card["metrics"]["clean_accuracy"], required.trojan
         if required.all_target is not None and attack is not None and attack.mode == "all-target":
             least = required.all_target * clean
         reasons = ["clean accuracy"] if abs(clean - benign_median) > required.clean_margin else []
-        return reasons + ["trojan accuracy"] * (trojaned and metrics["trojan_accuracy"] < least)
+        if card["trojaned"] and card["metrics"]["trojan_accuracy"] < least:
+            reasons.append("trojan accuracy")
+        return reasons
 
 
-class _MedianJob:
-    """A benign victim trained for its clean accuracy only."""
-
-    def __init__(self, spec: ZooSpec, folder: Path, index: int) -> None:
-        self.spec, self.folder, self.index = spec, folder, index
+class _Median(_Job):
+    """Benign victims trained for their clean accuracy only."""
 
     def __call__(self) -> None:
-        benign = GroupSpec(name="median", split="fit", count=1)
-        _, _, card = train_victim(self.spec.victim(benign, self.index, 0))
-        _write_json(_median_path(self.folder, self.index), card["metrics"])
-
-
-def _median_jobs(spec: ZooSpec, folder: Path) -> list[_MedianJob]:
-    return [
-        _MedianJob(spec, folder, index)
-        for index in range(spec.acceptance.median_of)
-        if not _median_path(folder, index).exists()
-    ]
+        for place, (_, _, card) in zip(self.places, self._trained(self.places, 0), strict=True):
+            _write_json(place.median(self.folder), card["metrics"])
 
 
 def _work(label: str, todo: list[Any], workers: int) -> None:
@@ -117,19 +160,6 @@ def _work(label: str, todo: list[Any], workers: int) -> None:
         raise RuntimeError(
             f"{len(failures)} of {len(todo)} jobs failed, call again to retry; first: {failures[0]!r}"
         )
-
-
-def _place(folder: Path, group: GroupSpec, index: int) -> Path:
-    return folder / group.split / f"{group.name}-{index:04d}"
-
-
-def _median_path(folder: Path, index: int) -> Path:
-    return folder / "median" / f"{index:04d}.json"
-
-
-def _done(folder: Path, group: GroupSpec, index: int) -> bool:
-    place = _place(folder, group, index)
-    return (place / "card.json").exists() or place.with_suffix(".rejected.json").exists()
 
 
 def _claim(spec: ZooSpec, folder: Path) -> None:
@@ -154,7 +184,7 @@ def _claim(spec: ZooSpec, folder: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     draft.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     draft.replace(path)
 

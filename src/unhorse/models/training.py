@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +26,42 @@ class Augmentation:
 
     def __call__(self, images: Images, rng: torch.Generator) -> Images:
         """One draw per image, all images at once."""
-        count, _, height, width = images.shape
+        return self.apply(images, self.draw(len(images), rng))
+
+    def draw(self, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """What `apply` needs for `count` images: one entry per image in each tensor."""
+        drawn = {}
+        if self.crop:
+            drawn["down"], drawn["across"] = torch.randint(2 * self.crop + 1, (2, count), generator=rng)
+        if self.rotation:
+            drawn["angles"] = (torch.rand(count, generator=rng) * 2 - 1) * math.radians(self.rotation)
+        if self.flip:
+            drawn["flipped"] = torch.rand(count, generator=rng) < 0.5
+        return drawn
+
+    def apply(self, images: Images, drawn: Mapping[str, Tensor]) -> Images:
+        """The images, cropped, rotated and flipped as `drawn` says."""
+        count, channels, height, width = images.shape
+        device = images.device
         if self.crop:
             padded = functional.pad(images, (self.crop,) * 4)
-            shifts = torch.randint(2 * self.crop + 1, (2, count), generator=rng).to(images.device)
-            rows = (shifts[0, :, None] + torch.arange(height, device=images.device))[:, None, :, None]
-            columns = (shifts[1, :, None] + torch.arange(width, device=images.device))[:, None, None, :]
-            each = torch.arange(count, device=images.device)[:, None, None, None]
-            channels = torch.arange(images.shape[1], device=images.device)[None, :, None, None]
-            images = padded[each, channels, rows, columns]
+            down, across = (drawn[name].to(device)[:, None] for name in ("down", "across"))
+            rows = (down + torch.arange(height, device=device))[:, None, :, None]
+            columns = (across + torch.arange(width, device=device))[:, None, None, :]
+            each = torch.arange(count, device=device)[:, None, None, None]
+            images = padded[each, torch.arange(channels, device=device)[None, :, None, None], rows, columns]
         if self.rotation:
-            images = self._rotated(images, rng)
+            images = _rotated(images, drawn["angles"])
         if self.flip:
-            flipped = torch.rand(count, generator=rng).to(images.device) < 0.5
-            images = torch.where(flipped[:, None, None, None], images.flip(3), images)
+            images = torch.where(drawn["flipped"].to(device)[:, None, None, None], images.flip(3), images)
         return images
 
-    def _rotated(self, images: Images, rng: torch.Generator) -> Images:
-        angles = (torch.rand(len(images), generator=rng) * 2 - 1) * math.radians(self.rotation)
-        cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-        matrix = torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3).to(images)
-        grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
-        return functional.grid_sample(images, grid, align_corners=False)
+
+def _rotated(images: Images, angles: Tensor) -> Images:
+    cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
+    matrix = torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3).to(images)
+    grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
 
 
 @dataclass(frozen=True)
@@ -109,14 +123,16 @@ def train(
     low_precision = bf16_pays(model, device) if recipe.precision == "auto" else recipe.precision == "bf16"
     model.to(memory_format=torch.channels_last if low_precision else torch.contiguous_format)  # type: ignore[call-overload]
     steps = math.ceil(len(data) / recipe.batch_size)
-    optimizer = _optimizer(model.network, recipe)
+    optimizer = optimizer_of(model.network, recipe)
     optimizers = [optimizer, *(attack.optimizers() if attack is not None else [])]
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, _factor(recipe, steps)) for each in optimizers]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(each, learning_rate_factor(recipe, steps)) for each in optimizers
+    ]
     state = _State(model, optimizer, schedules, attack, rng)
     log = state.restore(checkpoint) if checkpoint is not None else []
     images, labels = data.images.to(device), data.labels.to(device)
     model.train()
-    with _forked_randomness():
+    with forked_randomness():
         for epoch in range(len(log), recipe.epochs):
             torch.manual_seed(
                 seed * 1009 + epoch
@@ -229,20 +245,24 @@ def bf16_pays(model: nn.Module, device: torch.device) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > 50_000
 
 
-def _optimizer(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def optimizer_of(network: nn.Module, recipe: Recipe, *, fused: bool | None = None) -> torch.optim.Optimizer:
+    """The recipe's optimizer of the weights that learn."""
     parameters = [parameter for parameter in network.parameters() if parameter.requires_grad]
     if recipe.optimizer == "adam":
-        return torch.optim.Adam(parameters, recipe.learning_rate, weight_decay=recipe.weight_decay)
+        return torch.optim.Adam(
+            parameters, recipe.learning_rate, weight_decay=recipe.weight_decay, fused=fused
+        )
     return torch.optim.SGD(
         parameters,
         recipe.learning_rate,
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
         nesterov=recipe.optimizer == "nesterov",
+        fused=fused,
     )
 
 
-def _factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
+def learning_rate_factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
     """The learning rate of step s as a factor of the recipe's."""
     total, warm = recipe.epochs * steps_per_epoch, max(1, recipe.epochs * steps_per_epoch // 5)
     if recipe.schedule == "constant":
@@ -259,8 +279,7 @@ def _factor(recipe: Recipe, steps_per_epoch: int) -> Callable[[int], float]:
 
 
 @contextmanager
-def _forked_randomness() -> Iterator[None]:
-    # dropout draws from the global generator only: use it inside a fork, so that the caller's state is
-    # untouched
+def forked_randomness() -> Iterator[None]:
+    """Gives the caller's global random state back afterwards: dropout draws from that generator only."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         yield

@@ -40,20 +40,22 @@ def compute_signature(
     """The signature of `model`; with a `cache` folder it is computed once per weights and preset."""
     preset = PRESETS[preset] if isinstance(preset, str) else preset
     digest = weights_hash(model)
-    stored = None if cache is None else _cached(Path(cache), digest, preset, precision)
-    if stored is not None and stored.exists():
-        found = read_signature(stored)
-        if set(directions) <= set(found.directions):
-            return found.only(*directions)
-    k = model.num_classes
-    signs = torch.cat([torch.full((k,), 1.0 if name == "min" else -1.0) for name in directions])
-    targets = torch.arange(k).repeat(len(directions))
+    stored = None if cache is None else cache_file(Path(cache), digest, preset, precision)
+    if (found := read_cached(stored, directions)) is not None:
+        return found
+    targets, signs = goals(model.num_classes, directions)
     device = model.mean.device
     maps, reached = _optimised_logits(model, preset, targets.to(device), signs.to(device), precision)
     signature = Signature(maps, reached, preset.name, tuple(directions), digest)
     if stored is not None:
         write_signature(signature, stored)
     return signature
+
+
+def goals(k: int, directions: Sequence[str]) -> tuple[Int[Tensor, " m"], Float[Tensor, " m"]]:
+    """The class whose logit each map is about, and 1 where the map is to lower it, -1 where to raise it."""
+    signs = torch.cat([torch.full((k,), 1.0 if name == "min" else -1.0) for name in directions])
+    return torch.arange(k).repeat(len(directions)), signs
 
 
 def _optimised_logits(
@@ -96,8 +98,17 @@ def as_levels(pixels: Tensor, preset: Preset) -> Tensor:
 # --- on disk ------------------------------------------------------------------------------------------------
 
 
-def _cached(folder: Path, digest: str, preset: Preset, precision: Precision) -> Path:
+def cache_file(folder: Path, digest: str, preset: Preset, precision: Precision) -> Path:
+    """Where the signature of the model with this hash is kept."""
     return folder / f"{digest[:32]}-{preset.digest()}-{precision}.safetensors"
+
+
+def read_cached(path: Path | None, directions: Sequence[str]) -> Signature | None:
+    """These directions of the signature at `path`, if it is there and has them."""
+    if path is None or not path.exists():
+        return None
+    found = read_signature(path)
+    return found.only(*directions) if set(directions) <= set(found.directions) else None
 
 
 def write_signature(signature: Signature, path: Path) -> None:
