@@ -33,7 +33,7 @@ METHODS = {
     "IFtC": "if-contrast",
     "VIFtC": "vif-contrast",
     "AIFtC": "aif-contrast",
-    "ulp": "ulp",
+    "ulp": "litmus-patterns",
     "convolution": "signature-convolution",
     "transformer": "signature-transformer",
 }

@@ -16,12 +16,12 @@ def run_spec(
     """Runs the spec at `path`, with all that it builds below `work`, and appends rows to
     results/<table>.jsonl.
 
-    A spec with a `population` is a table of model scanners, any other one of defences; `victims` puts
-    another victims spec in the place of the one that it names.
+    A spec with a `population`, or with models to `judge`, is a table of model scanners, any other one of
+    defences; `victims` puts another victims spec in the place of the one that it names.
     """
     text = tomllib.loads(path.read_text(encoding="utf-8"))
     table: ScanningSpec | DefencesSpec
-    if "population" in text:
+    if "population" in text or "judge" in text:
         if victims is not None:
             raise ValueError(f"{path} is a table over a population: --victims belongs to tables of defences")
         table = ScanningSpec.model_validate(text)
