@@ -181,7 +181,7 @@ def test_a_difference_of_nothing_has_no_minus(results):
 
 def test_published_cells_that_we_lack_are_shown_for_our_data_sets_only(results):
     markdown = render(results(scanner_row()), PUBLISHED)
-    assert line_of(markdown, "cifar10", "ulp", "auroc")[-5:] == ["", "", "", "1.000", ""]
+    assert line_of(markdown, "cifar10", "litmus-patterns", "auroc")[-5:] == ["", "", "", "1.000", ""]
     assert "| tiny-imagenet |" not in markdown
 
 

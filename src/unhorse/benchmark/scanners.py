@@ -66,6 +66,12 @@ def _noise_patterns(**options: Any) -> Any:
     return NoisePatterns(**options)
 
 
+def _random_inputs(**options: Any) -> Any:
+    from unhorse.scanners.litmus_patterns import PRESETS, NoisePatterns
+
+    return NoisePatterns(**(PRESETS["random-inputs"] | options))
+
+
 def _meta_analysis(**options: Any) -> Any:
     from unhorse.scanners.meta_analysis import MetaAnalysis
 
@@ -108,7 +114,7 @@ METHODS: dict[str, Method] = {
     **{f"signature-{kind}": Method("signatures", partial(SignatureScanner, kind=kind)) for kind in KINDS},
     "litmus-patterns": Method("models", _litmus_patterns),
     "noise-patterns": Method("models", _noise_patterns),
-    "random-inputs": Method("models", partial(_noise_patterns, name="random-inputs")),
+    "random-inputs": Method("models", _random_inputs),
     "meta-analysis": Method("models", _meta_analysis),
     "weight-statistics": Method("models", _weight_statistics),
 }
