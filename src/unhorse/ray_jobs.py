@@ -89,7 +89,7 @@ class _Cluster:
             while waiting or flying:
                 limit = workers or 2 * self._room() or 1  # twice, so that a node finds its next job waiting
                 for item in [waiting.pop() for _ in range(min(len(waiting), limit - len(flying)))]:
-                    flying[task.remote(*place, ray.cloudpickle.dumps((function, item)))] = item
+                    flying[task.remote(*place, [ray.put((function, item))])] = item
                 for reference in ray.wait(list(flying), timeout=LOOK_AGAIN)[0]:
                     outcome, finished = _landed(reference, flying.pop(reference))
                     if finished:
@@ -146,7 +146,7 @@ def _attempt_there() -> Callable[..., Outcome]:
     has looked where this process does. It works in our working folder, for paths may be relative.
     """
 
-    def attempt(folder: str, code: list[str], environment: dict[str, str], parcel: bytes) -> Outcome:
+    def attempt(folder: str, code: list[str], environment: dict[str, str], parcel: list[Any]) -> Outcome:
         import os
         import socket
         import sys
@@ -164,7 +164,7 @@ def _attempt_there() -> Callable[..., Outcome]:
         except OSError as error:
             reason = f"node {socket.gethostname()} cannot enter {folder} ({error.strerror})"
             return Outcome(None, None, RuntimeError(f"{reason}: the nodes must share the file system"))
-        function, item = ray.cloudpickle.loads(parcel)
+        function, item = ray.get(parcel[0])  # in a list it was left packed until our code can be found
         return attempt_away(function, item)._replace(item=None)
 
     return attempt
