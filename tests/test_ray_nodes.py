@@ -18,13 +18,24 @@ pytestmark = pytest.mark.slow
 
 
 def node_of(folder: Path, number: int) -> tuple[str, int]:
-    """The node and the process that a job ran on; it takes a while and leaves a line in a file."""
+    """The node and the process that a job ran on; it takes a while, and leaves a line where it begins and
+    where it ends.
+    """
     import ray
 
+    node = ray.get_runtime_context().get_node_id()
+    with (folder / f"begun-{node}").open("a") as log:
+        log.write(f"{number}\n")
     time.sleep(0.5)
     with (folder / "ended").open("a") as log:
         log.write(f"{number}\n")
-    return ray.get_runtime_context().get_node_id(), os.getpid()
+    return node, os.getpid()
+
+
+def at_work(folder: Path, node: str) -> bool:
+    """Whether a job has begun on a node and not ended."""
+    begun, ended = ((folder / name).read_text().split() for name in (f"begun-{node}", "ended"))
+    return bool(set(begun) - set(ended))
 
 
 def devices(_: int) -> str | None:
@@ -60,7 +71,9 @@ def test_jobs_use_every_node_have_their_share_of_a_gpu_and_survive_the_loss_of_a
             node, process = outcome.value
             workers[node] = process
             if len(workers) == 2 and node != lost.node_id and lost in cluster.worker_nodes:
-                time.sleep(0.1)  # the other node is at work, and ends as machines do: with all its processes
+                while not at_work(tmp_path, lost.node_id):
+                    time.sleep(0.01)
+                # it ends as machines do: with all its processes
                 os.kill(workers[lost.node_id], signal.SIGKILL)
                 cluster.remove_node(lost, allow_graceful=False)
     assert sorted(outcome.item for outcome in done) == list(range(30))
