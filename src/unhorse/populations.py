@@ -38,11 +38,9 @@ class AcceptanceSpec(Spec):
     median_of: int = 16
 
 
-class ZooSpec(Spec):
-    """A population: one data set, architecture and recipe, and groups of victims."""
+class TrainingSpec(Spec):
+    """What the victims of one population have in common."""
 
-    name: str
-    seed: int = 0
     data: DataSpec = DataSpec()
     architecture: str = "small-cnn"
     options: dict[str, Any] = {}
@@ -50,6 +48,13 @@ class ZooSpec(Spec):
     std: tuple[float, ...] = (1.0,)
     recipe: Recipe = Recipe()
     acceptance: AcceptanceSpec = AcceptanceSpec()
+
+
+class ZooSpec(TrainingSpec):
+    """A population: one data set, architecture and recipe, and groups of victims."""
+
+    name: str
+    seed: int = 0
     groups: tuple[GroupSpec, ...]
 
     @model_validator(mode="after")
@@ -85,17 +90,10 @@ class ZooSpec(Spec):
         return VictimSpec(**{name: getattr(self, name) for name in same}, attack=group.attack, seed=seed)
 
 
-class TaskSpec(Spec):
+class TaskSpec(TrainingSpec):
     """One population of a family; `groups`, if there are any, take the place of the family's."""
 
     name: str = Field(pattern=r"^\w[\w-]*$")
-    data: DataSpec = DataSpec()
-    architecture: str = "small-cnn"
-    options: dict[str, Any] = {}
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    recipe: Recipe = Recipe()
-    acceptance: AcceptanceSpec = AcceptanceSpec()
     groups: tuple[GroupSpec, ...] = ()
 
 
