@@ -189,7 +189,8 @@ class Centred:
     def features(self, model: Classifier) -> torch.Tensor:
         return torch.tensor([mark_of(model), 1.0])
 
-    def fit(self, features: torch.Tensor, trojaned: Sequence[bool]) -> Centred:
+    def fit(self, features: torch.Tensor, trojaned: Sequence[bool], groups: Sequence[object]) -> Centred:
+        assert len(groups) == len(trojaned)
         self.center_ = float(features[~torch.tensor(trojaned), 0].mean())
         self.fits.append({round(mark, 4) for mark in features[:, 0].tolist()})
         return self

@@ -47,7 +47,8 @@ class FittedScanner:
             elif self.learns_from == "models":
                 self.scanner.fit(self._read(models), trojaned, **heard)
             else:
-                self.scanner.fit(torch.stack(self._read(models)), trojaned)
+                groups = [task_of(member.folder) for member in models]
+                self.scanner.fit(torch.stack(self._read(models)), trojaned, groups)
         except ValueError as error:
             if len(self._tasks) == 1:
                 raise

@@ -19,7 +19,7 @@ class Method(NamedTuple):
     """What a scanner learns from ("nothing" if it needs no population), and how it is made from its options.
 
     From "signatures" it learns as SignatureScanner does; from "models" by fit(models, trojaned) and
-    scores(models); from "features" by features(model) -> (d,), fit(features (n, d), trojaned) and
+    scores(models); from "features" by features(model) -> (d,), fit(features (n, d), trojaned, groups) and
     scores(features) -> (n,).
     """
 
@@ -96,6 +96,12 @@ def _maximum_margin(**options: Any) -> Any:
     return MaximumMargin(**options)
 
 
+def _generalist(**options: Any) -> Any:
+    from unhorse.scanners.generalist import Generalist
+
+    return Generalist(**options)
+
+
 def _weight_statistics(**options: Any) -> Any:
     from unhorse.scanners.weight_statistics import WeightStatistics
 
@@ -117,4 +123,5 @@ METHODS: dict[str, Method] = {
     "random-inputs": Method("models", _random_inputs),
     "meta-analysis": Method("models", _meta_analysis),
     "weight-statistics": Method("models", _weight_statistics),
+    "generalist": Method("features", _generalist),
 }

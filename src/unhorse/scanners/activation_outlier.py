@@ -78,9 +78,9 @@ class ActivationOutlier:
         """Judges `model`; clean images, if given, take the place of the maps in the demonstration. `on_step`
         hears (passes done, passes at most, what is going on).
         """
-        if reason := _unfit(model):
+        if reason := unfit(model):
             return ScanResult.undecided(self.name, reason)
-        precision = self._precision(model)
+        precision = self.precision_for(model)
         clock = Countdown(
             self._passes(model.num_classes)[1], budget=self.budget, on_step=on_step, phase="finding margins"
         )
@@ -105,7 +105,7 @@ class ActivationOutlier:
 
     def measure(self, model: Classifier) -> ScanResult:
         """The score alone, without demonstration and so without a verdict: what references are made of."""
-        if reason := _unfit(model):
+        if reason := unfit(model):
             return ScanResult.undecided(self.name, reason)
         clock = Countdown(budget=self.budget, phase="finding margins")
         margins = self.margins(model, clock)
@@ -123,7 +123,7 @@ class ActivationOutlier:
     ) -> Margins:
         """Margin maps of every class, or of those that screening leaves; in fp32 again near the threshold."""
         clock = clock or Countdown()
-        precision = self._precision(model)
+        precision = self.precision_for(model)
         found = self._climbed(model, clock, precision, kept)
         if precision == self.precision or precision == "fp32" or not found.complete:
             return found
@@ -136,7 +136,8 @@ class ActivationOutlier:
             return found._replace(complete=False)
         return found._replace(reached=again.reached, precision=f"fp32 (bf16 came near: {score:.3f})")
 
-    def _precision(self, model: Classifier) -> Precision:
+    def precision_for(self, model: Classifier) -> Precision:
+        """What "auto" stands for."""
         if self.precision != "auto":
             return self.precision
         weights = sum(parameter.numel() for parameter in model.parameters())
@@ -190,11 +191,15 @@ class ActivationOutlier:
         margins = screened + self._finishing(num_classes)
         return margins + least, margins + most
 
+    def passes(self, num_classes: int) -> float:
+        """Passes to expect: rivals' footprints count half."""
+        return sum(self._passes(num_classes)) / 2
+
     def estimate(self, model: Classifier) -> float:
         """Seconds that a scan of `model` will take, from the time of one step on a few images; rivals count
         half, and near the threshold the margins take longer.
         """
-        precision = self._precision(model)
+        precision = self.precision_for(model)
         for count in (2, 8, 32):  # the first step also warms the kernels up
             images = start_images(model, 1, 0).expand(count, -1, -1, -1).clone().requires_grad_(True)
             with frozen(model, precision), autocast(images.device, precision == "bf16"):
@@ -203,7 +208,7 @@ class ActivationOutlier:
                 step = time.perf_counter() - began
             if count > 2 and step > 0.05:
                 break
-        return 0.2 + step / count * sum(self._passes(model.num_classes)) / 2
+        return 0.2 + step / count * self.passes(model.num_classes)
 
     # --- results --------------------------------------------------------------------------------------------
 
@@ -275,7 +280,8 @@ def _warnings(model: Classifier, reference: Reference | None) -> tuple[str, ...]
     return ()
 
 
-def _unfit(model: Classifier) -> str:
+def unfit(model: Classifier) -> str:
+    """Why no outlier among its classes can be looked for; empty if one can."""
     if model.num_classes < 3:
         return f"{model.num_classes} class(es): an outlier needs 3 or more; check --classes"
     return ""

@@ -1,0 +1,143 @@
+"""Stand-ins for clean images: what a model takes for each class, however much it is disturbed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from unhorse.core import Classifier, Images, Labels, Logits
+from unhorse.models.training import autocast
+from unhorse.scanners.countdown import Countdown
+from unhorse.scanners.footprints import Inputs
+from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
+
+COARSE = 4
+"""A start image is this many random pixels wide and high, enlarged."""
+LOOKS = 4
+"""How often each finished image is disturbed and looked at."""
+
+
+class StandIns(NamedTuple):
+    """Images that the model gives their class, with it; how often each keeps it when disturbed (n,); and its
+    logits on them. Of what it does not take for its class nothing is left.
+    """
+
+    inputs: Inputs
+    held: Float[Tensor, " n"]
+    logits: Logits
+
+    @property
+    def leads(self) -> Float[Tensor, " n"]:
+        """By how much each image's class leads the next."""
+        return -lead_of_others(self.logits, self.inputs.labels)
+
+
+@dataclass(frozen=True)
+class StandInSearch:
+    """Draws `count` images in [0, 1], as many for each class, or one for each of `most_classes`.
+
+    Each starts from a few random colours, enlarged, and `steps` steps of Adam on its pixels lower the
+    cross-entropy of its class while it is shifted by up to an eighth of its side, its contrast changed by up
+    to 30 %, a quarter of its side covered with one colour and noise of deviation `noise` added; `strength`
+    scales all of it, and grows to its full size in the first 60 % of the steps. Images that are only
+    optimised are brittle: any stamp changes what a benign network sees in them. These are not.
+    """
+
+    count: int = 40
+    most_classes: int = 64
+    steps: int = 80
+    learning_rate: float = 0.03
+    strength: float = 0.5
+    noise: float = 0.15
+    seed: int = 0
+
+    def classes(self, num_classes: int) -> Labels:
+        """The class of each image, spread evenly where there are more than `most_classes`."""
+        some = torch.linspace(0, num_classes - 1, min(num_classes, self.most_classes)).round().long()
+        return some.repeat_interleave(max(1, self.count // len(some)))
+
+    def passes(self, num_classes: int) -> int:
+        """Forward and backward passes of one image."""
+        return len(self.classes(num_classes)) * (self.steps + LOOKS)
+
+    def run(
+        self, model: Classifier, precision: Precision = "auto", clock: Countdown | None = None
+    ) -> StandIns:
+        """The images of `model`; call it inside `frozen(model)`. TimeUp when the clock's budget is spent."""
+        clock, rng = clock or Countdown(), torch.Generator().manual_seed(self.seed)
+        labels = self.classes(model.num_classes)
+        coarse = torch.rand(len(labels), model.image_shape[0], COARSE, COARSE, generator=rng)
+        images = functional.interpolate(coarse, size=model.image_shape[1:], mode="bicubic").clamp(0, 1)
+        images, labels, size = images.to(model.mean.device), labels.to(model.mean.device), chunk_size(model)
+        parts = [
+            self._drawn(model, some, own, rng, precision, clock)
+            for some, own in zip(images.split(size), labels.split(size), strict=True)
+        ]
+        inputs, held, logits = (torch.cat(several) for several in zip(*parts, strict=True))
+        kept = logits.argmax(1) == labels
+        return StandIns(Inputs(inputs[kept], labels[kept]), held[kept], logits[kept])
+
+    def _drawn(
+        self,
+        model: Classifier,
+        images: Images,
+        labels: Labels,
+        rng: torch.Generator,
+        precision: Precision,
+        clock: Countdown,
+    ) -> tuple[Images, Tensor, Logits]:
+        low_precision = uses_bf16(model, precision)
+        optimizer = Adam([images], self.learning_rate)
+        for step in range(self.steps):
+            strength = self.strength * min(1.0, step / (0.6 * self.steps))
+            images.requires_grad_(True)
+            with autocast(images.device, low_precision):
+                logits = model(self._disturbed(images, strength, rng))
+            loss = functional.cross_entropy(logits.float(), labels, reduction="sum")
+            gradients = torch.autograd.grad(loss, [images])
+            images.requires_grad_(False)
+            optimizer.step(gradients)
+            images.clamp_(0, 1)
+            clock.passed(len(images))
+        with torch.no_grad():
+            looks = [model(self._disturbed(images, self.strength, rng)).argmax(1) for _ in range(LOOKS)]
+            clock.passed(LOOKS * len(images))
+            held = torch.stack([look == labels for look in looks]).float().mean(0)
+            return images, held, model(images).float()
+
+    def _disturbed(self, images: Images, strength: float, rng: torch.Generator) -> Images:
+        """One shift for all; contrast, a covering square and noise for each."""
+        (n, channels, height, width), to = images.shape, images
+        reach, most = max(1, height // 8), round(max(1, height // 8) * strength)
+        down, across = torch.randint(-most, most + 1, (2,), generator=rng).tolist()
+        padded = functional.pad(images, (reach,) * 4, mode="replicate")
+        images = padded[:, :, reach + down :, reach + across :][:, :, :height, :width]
+        contrast, covers, level = torch.rand(3, n, 1, 1, 1, generator=rng).to(to)
+        mean = images.mean((1, 2, 3), keepdim=True)
+        images = (images - mean) * (1 + strength * (0.6 * contrast - 0.3)) + mean
+        squares = _squares(n, height, width, rng).to(to) * (covers < 0.7 * strength)
+        colours = torch.rand(n, channels, 1, 1, generator=rng).to(to)
+        images = images + squares * (colours - images)
+        noise = torch.randn(images.shape, generator=rng).to(to)
+        return (images + self.noise * strength * level * noise).clamp(0, 1)
+
+
+def _squares(n: int, height: int, width: int, rng: torch.Generator) -> Float[Tensor, "n 1 h w"]:
+    """A square of a quarter of the height, at a place of its own per image."""
+    side = min(max(2, height // 4), height, width)
+    tops = torch.randint(0, height - side + 1, (n, 1, 1, 1), generator=rng)
+    lefts = torch.randint(0, width - side + 1, (n, 1, 1, 1), generator=rng)
+    rows, columns = torch.arange(height)[:, None], torch.arange(width)
+    inside = (rows >= tops) & (rows < tops + side) & (columns >= lefts) & (columns < lefts + side)
+    return inside.float()
+
+
+def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
+    """By how much the best other class leads each image's own."""
+    own = labels[:, None]
+    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
