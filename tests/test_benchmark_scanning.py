@@ -186,17 +186,18 @@ class Centred:
 
     fits: ClassVar[list[set[float]]] = []
 
-    def features(self, model: Classifier) -> torch.Tensor:
-        return torch.tensor([mark_of(model), 1.0])
+    def features(self, model: Classifier) -> list[float]:
+        return [mark_of(model), 1.0]
 
-    def fit(self, features: torch.Tensor, trojaned: Sequence[bool], groups: Sequence[object]) -> Centred:
+    def fit(self, features: Sequence, trojaned: Sequence[bool], groups: Sequence[object]) -> Centred:
         assert len(groups) == len(trojaned)
-        self.center_ = float(features[~torch.tensor(trojaned), 0].mean())
-        self.fits.append({round(mark, 4) for mark in features[:, 0].tolist()})
+        marks = torch.tensor(features)[:, 0].double()
+        self.center_ = float(marks[~torch.tensor(trojaned)].mean())
+        self.fits.append({round(mark, 4) for mark in marks.tolist()})
         return self
 
-    def scores(self, features: torch.Tensor) -> torch.Tensor:
-        return features[:, 0].double() - self.center_
+    def scores(self, features: Sequence) -> torch.Tensor:
+        return torch.tensor(features)[:, 0].double() - self.center_
 
 
 @pytest.fixture(autouse=True)
@@ -627,5 +628,6 @@ def test_an_unknown_key_is_refused():
 def test_every_method_can_be_made(name):
     scanner = make(name, {}, seed=7)
     assert getattr(scanner, "seed", 7) == 7
-    wanted = {"nothing": ("scan",), "signatures": ("fit", "scores"), "models": ("fit", "scores")}
+    wanted = {"nothing": ("scan",), "signatures": ("fit", "scores")}
+    wanted |= {"models": ("fit", "scores"), "features": ("features", "fit", "scores")}
     assert all(hasattr(scanner, verb) for verb in wanted[METHODS[name].learns_from])

@@ -48,7 +48,7 @@ class FittedScanner:
                 self.scanner.fit(self._read(models), trojaned, **heard)
             else:
                 groups = [task_of(member.folder) for member in models]
-                self.scanner.fit(torch.stack(self._read(models)), trojaned, groups)
+                self.scanner.fit(self._read(models), trojaned, groups)
         except ValueError as error:
             if len(self._tasks) == 1:
                 raise
@@ -61,8 +61,7 @@ class FittedScanner:
         try:
             for start in range(0, len(models), TOGETHER):
                 read = self._read(models[start : start + TOGETHER])
-                given = torch.stack(read) if self.learns_from == "features" else read
-                found += torch.as_tensor(self.scanner.scores(given)).tolist()
+                found += torch.as_tensor(self.scanner.scores(read)).tolist()
         except ValueError as error:
             if {task_of(member.folder) for member in models} <= self._tasks:
                 raise
@@ -86,7 +85,7 @@ class FittedScanner:
             return signature_of(folder, self.scanner.preset)
         if self.learns_from == "models":
             return load_classifier(folder).to(chosen_device())
-        return torch.tensor(Measurement(folder, self.method, self.options, self.seed).read()["features"])
+        return Measurement(folder, self.method, self.options, self.seed).read()["features"]
 
 
 def _spoken(method: str, seed: int, interval: float = 60.0) -> Callable[[int, int, float], None]:

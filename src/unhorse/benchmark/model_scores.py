@@ -70,7 +70,7 @@ class Measurement:
     def _found(self, model: Classifier) -> dict[str, Any]:
         scanner = make(self.method, dict(self.options), self.seed)
         if METHODS[self.method].learns_from == "features":
-            return {"features": scanner.features(model).detach().cpu().double().tolist()}
+            return {"features": scanner.features(model)}
         clean = None
         if METHODS[self.method].needs_images:
             data: Any = read_card(self.folder)["spec"]

@@ -19,8 +19,8 @@ class Method(NamedTuple):
     """What a scanner learns from ("nothing" if it needs no population), and how it is made from its options.
 
     From "signatures" it learns as SignatureScanner does; from "models" by fit(models, trojaned) and
-    scores(models); from "features" by features(model) -> (d,), fit(features (n, d), trojaned, groups) and
-    scores(features) -> (n,).
+    scores(models); from "features" by features(model), which JSON can hold, fit(features, trojaned,
+    groups) and scores(features) -> (n,), of the features of n models.
     """
 
     learns_from: Literal["nothing", "signatures", "models", "features"]

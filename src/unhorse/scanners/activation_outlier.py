@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from math import inf
 
 import torch
 from torch import Tensor
@@ -52,10 +53,10 @@ class ActivationOutlier:
     For each class an image clamped to [0, 1] maximises the margin (target logit minus the best other). The
     score is log(largest / median) + standard deviation / mean of the margins reached: how far one class
     stands out, and how unequal the classes are; it is free of the logits' scale. `threshold` was chosen on
-    development models only (docs/methods). With a `reference` of at least 19 benign models the split-
-    conformal p-value decides instead. `screening` spares time where classes are many. Precision "auto" is
-    bf16 where that saves much time, and fp32 again near the threshold. UNDECIDED: fewer than 3 classes, or
-    `budget` seconds are over.
+    development models only (docs/methods); with inf nothing is flagged. With a `reference` of at least 19
+    benign models the split-conformal p-value decides instead. `screening` spares time where classes are many.
+    Precision "auto" is bf16 where that saves much time, and fp32 again near the threshold. UNDECIDED: fewer
+    than 3 classes, or `budget` seconds are over.
     """
 
     steps: int = 20
@@ -82,7 +83,7 @@ class ActivationOutlier:
             return ScanResult.undecided(self.name, reason)
         precision = self.precision_for(model)
         clock = Countdown(
-            self._passes(model.num_classes)[1], budget=self.budget, on_step=on_step, phase="finding margins"
+            self.passes(model.num_classes)[1], budget=self.budget, on_step=on_step, phase="finding margins"
         )
         rng = torch.Generator().manual_seed(self.seed)
         rows = self._rows(model.num_classes) if clean is None else min(len(clean), CLEAN_IMAGES)
@@ -127,7 +128,7 @@ class ActivationOutlier:
         found = self._climbed(model, clock, precision, kept)
         if precision == self.precision or precision == "fp32" or not found.complete:
             return found
-        if abs((score := outlier_score(found.reached)) - self.threshold) > NEAR * self.threshold:
+        if not abs((score := outlier_score(found.reached)) - self.threshold) <= NEAR * self.threshold < inf:
             return found
         clock.phase = "finding margins again in fp32"
         clock.most += self._finishing(model.num_classes)
@@ -182,7 +183,7 @@ class ActivationOutlier:
             chosen = self.screening.finished(num_classes)
         return chosen * self.starts * (self.steps + 1)
 
-    def _passes(self, num_classes: int) -> tuple[int, int]:
+    def passes(self, num_classes: int) -> tuple[int, int]:
         """Passes of a scan at least, and with the rivals' footprints."""
         screened = 0
         if self.screening is not None and self._screens(num_classes):
@@ -190,10 +191,6 @@ class ActivationOutlier:
         least, most = self.search.passes(self._rows(num_classes))
         margins = screened + self._finishing(num_classes)
         return margins + least, margins + most
-
-    def passes(self, num_classes: int) -> float:
-        """Passes to expect: rivals' footprints count half."""
-        return sum(self._passes(num_classes)) / 2
 
     def estimate(self, model: Classifier) -> float:
         """Seconds that a scan of `model` will take, from the time of one step on a few images; rivals count
@@ -208,7 +205,7 @@ class ActivationOutlier:
                 step = time.perf_counter() - began
             if count > 2 and step > 0.05:
                 break
-        return 0.2 + step / count * self.passes(model.num_classes)
+        return 0.2 + step / count * sum(self.passes(model.num_classes)) / 2
 
     # --- results --------------------------------------------------------------------------------------------
 
@@ -274,9 +271,8 @@ def _warnings(model: Classifier, reference: Reference | None) -> tuple[str, ...]
     if k < 8:
         return (f"only {k} classes: an outlier among them says little, the trigger more",)
     if k >= MANY and reference is None:
-        return (
-            f"the threshold is that of models with 10 classes; of {k} one stands out sooner: --reference",
-        )
+        said = f"the threshold is that of models with 10 classes; of {k} one stands out sooner: --reference"
+        return (said,)
     return ()
 
 

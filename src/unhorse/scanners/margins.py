@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -53,18 +54,18 @@ class Margins(NamedTuple):
             note="Each image was optimised until the model preferred its class as strongly as it can; "
             "the number is the best margin over the next class, over all starts.",
         )
+        judged = self.complete and isfinite(threshold)
         sampled = self.plan is not None and self.complete
         yield Bars(
             "Margin reached per class",
             tuple(names[label] for label in screened),
             tuple(reached[label] for label in screened),
-            threshold=flagging_margin(self.reached, threshold) if self.complete else None,
+            threshold=flagging_margin(self.reached, threshold) if judged else None,
             marked=() if target is None else (target,),
             axis="logit margin",
-            note="A Trojan leaves a class much easier to reach than the others. The line is where the "
-            "largest one would be flagged, the others being as they are."
-            + sampled
-            * " A class that was only screened has the margin of one beside it that was finished.",
+            note="A Trojan leaves a class much easier to reach than the others."
+            + judged * " The line is where the largest one would be flagged, the others being as they are."
+            + sampled * " A class that was only screened has the margin of one beside it that was finished.",
         )
 
 

@@ -15,7 +15,7 @@ from unhorse.models.training import autocast
 from unhorse.scanners.countdown import Countdown
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
-from unhorse.scanners.stand_ins import lead_of_others
+from unhorse.scanners.readings import lead_of_others
 
 
 class Stamp(NamedTuple):
@@ -75,7 +75,7 @@ class StampSearch:
                 for leaf in leaves:
                     leaf.requires_grad_(True)
                 sums = [torch.zeros_like(leaf) for leaf in leaves]
-                for logits, own in bearers.under(_masks(places, area), colours.sigmoid()):
+                for logits, own in bearers.under(places, colours, area):
                     loss = -lead_of_others(logits, own).sum() / len(images)
                     for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                         total += gradient
@@ -83,12 +83,11 @@ class StampSearch:
                     leaf.requires_grad_(False)
                 optimizer.step(sums)
             with torch.no_grad():
-                masks, patterns = _masks(places, area), colours.sigmoid()
-                several = torch.cat([logits for logits, _ in bearers.under(masks, patterns)])
+                several = torch.cat([logits for logits, _ in bearers.under(places, colours, area)])
                 several = several.view(self.restarts, len(images), -1)
                 leads = torch.stack([lead_of_others(logits, labels).mean() for logits in several])
                 best = int(leads.argmax())
-                yield Stamp(area, masks[best], patterns[best], several[best])
+                yield Stamp(area, _masks(places, area)[best], colours[best].sigmoid(), several[best])
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,16 @@ class _Bearers:
     clock: Countdown
     chunk: int
 
-    def under(self, masks: Tensor, patterns: Tensor) -> Iterator[tuple[Logits, Labels]]:
+    def under(self, places: Tensor, colours: Tensor, area: float) -> Iterator[tuple[Logits, Labels]]:
         """Logits under the stamp of the first restart, then of the next; in parts that one pass holds."""
         images, labels = self.inputs
         low_precision = uses_bf16(self.model, self.precision)
-        for part in torch.arange(len(masks) * len(images), device=images.device).split(self.chunk):
+        for part in torch.arange(len(places) * len(images), device=images.device).split(self.chunk):
             restart, image = part // len(images), part % len(images)
             self.clock.passed(len(part))
             with autocast(images.device, low_precision):
-                clean, mask = images[image], masks[restart]
-                logits = self.model(clean + mask * (patterns[restart] - clean))
+                clean, mask = images[image], _masks(places, area)[restart]
+                logits = self.model(clean + mask * (colours.sigmoid()[restart] - clean))
             yield logits.float(), labels[image]
 
 

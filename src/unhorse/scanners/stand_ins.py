@@ -15,6 +15,7 @@ from unhorse.models.training import autocast
 from unhorse.scanners.countdown import Countdown
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
+from unhorse.scanners.readings import lead_of_others
 
 COARSE = 4
 """A start image is this many random pixels wide and high, enlarged."""
@@ -135,9 +136,3 @@ def _squares(n: int, height: int, width: int, rng: torch.Generator) -> Float[Ten
     rows, columns = torch.arange(height)[:, None], torch.arange(width)
     inside = (rows >= tops) & (rows < tops + side) & (columns >= lefts) & (columns < lefts + side)
     return inside.float()
-
-
-def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
-    """By how much the best other class leads each image's own."""
-    own = labels[:, None]
-    return logits.scatter(1, own, -torch.inf).amax(1) - logits.gather(1, own)[:, 0]
