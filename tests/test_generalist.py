@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -15,21 +17,13 @@ from unhorse.core import Bars, Classifier, Dataset, ImageGrid, Reference, Table,
 from unhorse.scanners import stamps
 from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
-from unhorse.scanners.evidence import (
-    OF_A_STAMP,
-    Evidence,
-    EvidenceSearch,
-    Unreadable,
-    _of_margins,
-    _of_stamp,
-    names_of,
-)
-from unhorse.scanners.evidence_weights import HIGHEST, LOWEST, Weights
-from unhorse.scanners.footprints import FootprintSearch, Inputs
+from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
+from unhorse.scanners.footprints import FootprintSearch
 from unhorse.scanners.generalist import Generalist
 from unhorse.scanners.optimisation import frozen
-from unhorse.scanners.stamps import Stamp, StampSearch
-from unhorse.scanners.stand_ins import StandIns, StandInSearch, lead_of_others
+from unhorse.scanners.readings import LEAST_SPREAD, Readings, lead_of_others
+from unhorse.scanners.stamps import StampSearch
+from unhorse.scanners.stand_ins import StandInSearch
 
 SHAPE = (1, 16, 16)
 HASTY = EvidenceSearch(StandInSearch(count=12, steps=12), StampSearch(steps=4, more_steps=2, restarts=1))
@@ -93,8 +87,8 @@ def fitted() -> Generalist:
     """Fitted on hasty numbers of planted models; its threshold lies between theirs."""
     scanner = Generalist(outlier=OUTLIER, search=HASTY)
     several, flags = planted(8)
-    features = torch.stack([scanner.features(model) for model in several])
-    scores = scanner.fit(features, flags).scores(features)
+    features = [scanner.features(model) for model in several]
+    scores = scanner.scores(features)
     benign, trojaned = scores[~torch.tensor(flags)], scores[torch.tensor(flags)]
     assert benign.max() < trojaned.min()
     return replace(scanner, threshold=float(benign.max() + trojaned.min()) / 2)
@@ -163,13 +157,10 @@ def test_the_logits_of_a_stamp_are_those_of_stamped_images(models, evidence):
 
 def test_the_trigger_is_found_where_there_is_one(evidence):
     """Of 256 pixels the trigger has 9, so 4 % hold it."""
-    raised = {name: found.numbers()["stamp of 4%: raised"] for name, found in evidence.items()}
-    assert raised["single"] > 2 * raised["benign"]
-    assert evidence["single"].suspect == TARGET
-    assert evidence["benign"].suspect is None
-    taken = {name: found.numbers()["stamp of 4%: taken"] for name, found in evidence.items()}
-    assert taken["all"] > taken["benign"] + 0.3
-    assert evidence["all"].suspect is None
+    readings = {name: found.readings() for name, found in evidence.items()}
+    assert readings["single"].rise(0.04) > 2 * readings["benign"].rise(0.04)
+    assert readings["all"].rise(0.04) > 1.2 * readings["benign"].rise(0.04)
+    assert [readings[name].suspect for name in ("benign", "single", "all")] == [None, TARGET, None]
 
 
 def test_parts_of_a_pass_change_nothing(models, monkeypatch):
@@ -196,93 +187,36 @@ def test_passes_are_counted(models):
 # --- numbers ------------------------------------------------------------------------------------------------
 
 
-def test_the_numbers_have_the_names_that_are_promised(evidence):
-    numbers = evidence["benign"].numbers()
-    assert list(numbers) == names_of(EvidenceSearch())
-    assert len(numbers) == 6 + 4 * len(OF_A_STAMP)
+def test_readings_survive_json(evidence):
+    readings = evidence["single"].readings()
+    again = Readings.read(json.loads(json.dumps(readings.record())))
+    assert again.areas == readings.areas and torch.equal(again.labels, readings.labels)
+    assert again.rise(0.01) == pytest.approx(readings.rise(0.01), rel=1e-3)
+    assert again.suspect == readings.suspect
 
 
-def test_the_numbers_of_margins_are_known_and_free_of_scale():
-    reached = torch.tensor([1.0, 2.0, 4.0, 32.0], dtype=torch.float64)
-    outlier, gap, deviations, ratio = (float(value) / 0.6931471805599453 for value in _of_margins(reached))
-    assert gap == pytest.approx(3) and ratio == pytest.approx(5 - 1.5)
-    assert outlier == pytest.approx(4 / (1 + 0.05 / 0.6931471805599453) / 0.6931471805599453)
-    assert deviations == pytest.approx(outlier * 3 / 4)
-    for one, other in zip(_of_margins(reached), _of_margins(7 * reached), strict=True):
-        assert float(one) == pytest.approx(float(other))
+def readings_of(reached: Tensor, logits: Tensor, stamped: Tensor) -> Readings:
+    return Readings(reached, torch.arange(3), torch.ones(3), logits, (0.01,), stamped[None])
 
 
-def test_the_numbers_of_a_stamp_are_known():
-    clean = torch.tensor([[4.0, 0.0, 0.0], [0.0, 4.0, 0.0], [0.0, 0.0, 4.0]])
-    labels = torch.arange(3)
-    inputs = Inputs(torch.zeros(3, 1, 2, 2), labels)
-    stand_ins = StandIns(inputs, torch.ones(3), clean)
-    under = clean.clone()
-    under[:2, 2] = 6.0  # two of three go to class 2, which is the third's own
-    taken, flipped, agreement, raised = (
-        float(value)
-        for value in _of_stamp(Stamp(0.01, torch.zeros(1, 2, 2), torch.zeros(1, 2, 2), under), stand_ins)
-    )
-    assert torch.tensor(taken).exp() == pytest.approx((1.5 + 1.5 + 0.0) / 3)
-    assert flipped == pytest.approx(2 / 3)
-    assert agreement == pytest.approx(2 / 3)
-    assert raised == pytest.approx(
-        2 * (6 - 2) / 3 / 4
-    )  # a rise by 6 where the mean rises by 2, of a lead of 4
+def test_the_outlier_is_known_and_free_of_scale():
+    reached = torch.tensor([1.0, 2.0, 4.0, 32.0])
+    readings = readings_of(reached, torch.eye(3), torch.eye(3))
+    log2 = math.log(2)
+    assert readings.outlier() == pytest.approx(4 * log2 / (log2 + LEAST_SPREAD))
+    assert readings._replace(reached=7 * reached).outlier() == pytest.approx(readings.outlier())
+    equal = readings._replace(reached=torch.full((10,), 3.0))
+    assert equal.outlier() == pytest.approx(0, abs=1e-6)
 
 
-# --- weights ------------------------------------------------------------------------------------------------
-
-
-def made_up(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Numbers of which the first tells, the second says nothing, and the third tells the wrong way round."""
-    rng = torch.Generator().manual_seed(seed)
-    flags = torch.arange(count) % 2 == 1
-    numbers = torch.randn(count, 3, generator=rng, dtype=torch.float64)
-    return numbers + flags[:, None] * torch.tensor([2.0, 0.0, -2.0], dtype=torch.float64), flags
-
-
-def test_a_number_can_only_count_against_a_model():
-    numbers, flags = made_up(200)
-    weights = Weights.learned(("a", "b", "c"), numbers, flags, [0] * 200, 0.01)
-    assert (weights.weights >= 0).all()
-    assert weights.weights[0] > 0.5 and weights.weights[2] == 0
-    scores = weights.scores(numbers)
-    assert float((scores[flags][:, None] > scores[~flags]).float().mean()) > 0.85
-
-
-def test_a_group_weighs_the_same_however_many_models_it_has():
-    one, flags = made_up(40)
-    other, kinds = made_up(40, seed=1)
-    once = Weights.learned(
-        ("a", "b", "c"), torch.cat([one, other]), torch.cat([flags, kinds]), [0] * 40 + [1] * 40, 0.01
-    )
-    thrice = Weights.learned(
-        ("a", "b", "c"),
-        torch.cat([one, one, one, other]),
-        torch.cat([flags, flags, flags, kinds]),
-        [0] * 120 + [1] * 40,
-        0.01,
-    )
-    assert torch.allclose(once.weights, thrice.weights, atol=1e-3)
-    assert torch.allclose(once.means, thrice.means)
-
-
-def test_shares_add_up_and_are_bounded():
-    numbers, flags = made_up(40)
-    weights = Weights.learned(("a", "b", "c"), numbers, flags, [0] * 40, 0.01)
-    far = torch.tensor([[1e6, 0.0, 0.0], [-1e6, 0.0, 0.0]], dtype=torch.float64)
-    assert weights.shares(far)[:, 0].tolist() == pytest.approx(
-        [HIGHEST * float(weights.weights[0]), LOWEST * float(weights.weights[0])]
-    )
-    assert torch.allclose(weights.shares(numbers).sum(1) + weights.intercept, weights.scores(numbers))
-
-
-def test_weights_survive_json():
-    numbers, flags = made_up(40)
-    weights = Weights.learned(("a", "b", "c"), numbers, flags, [0] * 40, 0.01)
-    again = Weights.read(json.loads(json.dumps(weights.card())))
-    assert again.names == weights.names and torch.equal(again.scores(numbers), weights.scores(numbers))
+def test_the_rise_is_known_and_free_of_scale():
+    clean, under = 4 * torch.eye(3), 4 * torch.eye(3)
+    under[:2, 2] = 6.0  # two of three are drawn to class 2, which is the third's own
+    readings = readings_of(torch.ones(3), clean, under)
+    # a rise by 6 where the mean rises by 2, of a lead of 4, in two of three
+    assert readings.rise(0.01) == pytest.approx(2 * (6 - 2) / 3 / 4)
+    assert readings_of(torch.ones(3), 7 * clean, 7 * under).rise(0.01) == pytest.approx(readings.rise(0.01))
+    assert readings.suspect == 2
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -290,23 +224,26 @@ def test_weights_survive_json():
 
 def test_unseen_models_are_told_apart(fitted):
     several, flags = planted(6, first=100)
-    scores = fitted.scores(torch.stack([fitted.features(model) for model in several]))
+    scores = fitted.scores([fitted.features(model) for model in several])
     assert scores[torch.tensor(flags)].min() > scores[~torch.tensor(flags)].max()
 
 
-def test_what_is_not_fitted_says_so():
-    scanner = Generalist(outlier=OUTLIER, search=HASTY)
-    with pytest.raises(ValueError, match="nothing was learned"):
-        scanner.scan(template_victim(4, (1, 8, 8)))
-    with pytest.raises(ValueError, match="at least 2 models of either kind"):
-        scanner.fit(torch.zeros(3, 22), [True, False, False])
+def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
+    def scored(score: float) -> dict[str, Any]:
+        readings = readings_of(torch.tensor([1.0, 1.0, 1.0]), 4 * torch.eye(3), 4 * torch.eye(3))
+        spread = readings._replace(reached=torch.tensor([1.0, 1.0, math.exp(score * 4.5 * LEAST_SPREAD)]))
+        return spread.record()
 
-
-def test_a_card_holds_all_that_was_learned(fitted):
-    again = Generalist.read(json.loads(json.dumps(fitted.card())))
-    features = torch.randn(5, len(names_of(HASTY)))
-    assert torch.equal(again.scores(features), fitted.scores(features))
-    assert (again.threshold, again.uses) == (fitted.threshold, fitted.uses)
+    scanner = Generalist()
+    assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, rel=1e-2)
+    features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
+    flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
+    scanner.fit(features, flags, groups)
+    assert scanner.threshold == pytest.approx(3.0, rel=1e-2)  # of 1, 1, 3 and 3
+    assert scanner.corroborated == pytest.approx(3.0, rel=1e-2)
+    assert scanner.fit(features, flags).corroborated == pytest.approx(3.0, rel=1e-2)
+    with pytest.raises(ValueError, match="no benign models"):
+        scanner.fit(features, [True] * 15)
 
 
 # --- scanning -----------------------------------------------------------------------------------------------
@@ -315,17 +252,15 @@ def test_a_card_holds_all_that_was_learned(fitted):
 def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     model = planted(1, first=101)[0][0]
     result = fitted.scan(model)
-    features = fitted.features(model)[None]
-    assert result.score == pytest.approx(float(fitted.scores(features)), abs=1e-6)
+    assert result.score == pytest.approx(float(fitted.scores([fitted.features(model)])), abs=1e-2)
     assert fitted.measure(model).score == pytest.approx(result.score, abs=1e-6)
     assert fitted.measure(model).verdict is Verdict.UNDECIDED
     assert result.verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS) and result.scanner == "generalist"
     table = next(
-        exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and "made of" in exhibit.title
+        exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and "Two tests" in exhibit.title
     )
-    adds = sum(float(row[-1]) for row in table.rows)
-    assert fitted.weights is not None
-    assert adds + fitted.weights.intercept == pytest.approx(result.score, abs=0.01)
+    ratios = [float(row[-1]) for row in table.rows]
+    assert max(ratios) == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note
@@ -395,3 +330,11 @@ def test_effort_changes_no_score(trained):
     model = trained["benign"].model
     quick = Generalist.shipped("quick").measure(model).score
     assert Generalist.shipped("deep").measure(model).score == quick
+
+
+def test_a_demonstrated_trigger_needs_a_lower_score(trained):
+    model = trained["infected"].model
+    strict = replace(Generalist.shipped(), threshold=99.0, corroborated=0.0)
+    assert strict.scan(model).verdict is Verdict.INFECTED
+    assert replace(strict, corroborated=99.0).scan(model).verdict is Verdict.SUSPICIOUS
+    assert replace(strict, threshold=0.0).scan(trained["benign"].model).verdict is Verdict.SUSPICIOUS

@@ -24,6 +24,7 @@ from unhorse.models import training
 from unhorse.models.classifier import load_classifier, read_card, weights_hash
 from unhorse.rates import predictions
 from unhorse.repairs.registry import REPAIRS
+from unhorse.scanners import named
 from unhorse.scanners.neural_cleanse import NeuralCleanse
 from unhorse.victims import load_victim
 
@@ -83,7 +84,9 @@ def script(
         name.replace("_", "-"): Scripted(name.replace("_", "-"), found, [])
         for name, found in triggers.items()
     }
-    monkeypatch.setattr(repair_runs, "make_scanner", lambda request, device: scanners[request.scanner])
+    monkeypatch.setattr(
+        repair_runs, "make_scanner", lambda request, device: scanners[request.scanner or "generalist"]
+    )
     return scanners
 
 
@@ -91,7 +94,7 @@ def script(
 
 
 def test_a_simulated_victim_is_cured_and_both_are_measured(tmp_path, monkeypatch, capsys):
-    script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    script(monkeypatch, generalist={TARGET: corner_trigger()})
     page = tmp_path / "out.html"
     found = repaired("--card", VICTIM, *SHORT, "--html", page, tmp_path=tmp_path)
     measures = found["measures"]
@@ -127,7 +130,7 @@ def test_a_file_is_judged_without_an_attack(tmp_path, capsys):
 
 
 def test_the_cured_classifier_is_written_with_what_was_done_to_it(tmp_path, monkeypatch):
-    script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    script(monkeypatch, generalist={TARGET: corner_trigger()})
     found = repaired("--method", "unlearning", "--epochs", "4", tmp_path=tmp_path)
     card, cured = read_card(tmp_path / "cured"), load_classifier(tmp_path / "cured")
     done = card["repair"]
@@ -144,7 +147,7 @@ def test_the_cured_classifier_is_written_with_what_was_done_to_it(tmp_path, monk
 
 
 def test_without_labels_agreement_takes_the_place_of_accuracy(tmp_path, monkeypatch):
-    script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    script(monkeypatch, generalist={TARGET: corner_trigger()})
     found = repaired("--unlabelled", "--images", "200", *SHORT, tmp_path=tmp_path)
     assert found["measures"]["clean_accuracy"] is None
     agreement = found["measures"]["agreement"]
@@ -155,7 +158,7 @@ def test_without_labels_agreement_takes_the_place_of_accuracy(tmp_path, monkeypa
 
 
 def test_the_images_that_measure_are_seen_by_neither_repair_nor_scan(tmp_path, monkeypatch):
-    scanners = script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    scanners = script(monkeypatch, generalist={TARGET: corner_trigger()})
     given: list[Dataset] = []
 
     @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def test_the_images_that_measure_are_seen_by_neither_repair_nor_scan(tmp_path, m
     monkeypatch.setattr(repair_runs, "REPAIRS", {**REPAIRS, "pruning": Note})
     found = repaired("--method", "pruning", tmp_path=tmp_path)
     assert (found["repaired_on"], found["held_out"]) == (REPAIRING, HELD_OUT)
-    whole, seen = set(fingerprints(load_dataset("digits", "test"))), scanners["activation-outlier"].seen
+    whole, seen = set(fingerprints(load_dataset("digits", "test"))), scanners["generalist"].seen
     assert len(seen) == 2 and len(given) == 1
     for part in (*seen, *given):
         assert fingerprints(part) == fingerprints(given[0]) and len(part) == REPAIRING
@@ -177,19 +180,19 @@ def test_the_images_that_measure_are_seen_by_neither_repair_nor_scan(tmp_path, m
 
 
 def test_neural_cleanse_looks_for_the_trigger_where_the_scan_demonstrates_none(tmp_path, monkeypatch, capsys):
-    scanners = script(monkeypatch, activation_outlier={}, neural_cleanse={TARGET: corner_trigger()})
+    scanners = script(monkeypatch, generalist={}, neural_cleanse={TARGET: corner_trigger()})
     page = tmp_path / "out.html"
     found = repaired(*SHORT, "--html", page, tmp_path=tmp_path)
     assert found["trigger_found_by"] == "neural-cleanse"
-    assert (len(scanners["activation-outlier"].seen), len(scanners["neural-cleanse"].seen)) == (2, 1)
-    assert found["before"]["scanner"] == found["after"]["scanner"] == "activation-outlier"
+    assert (len(scanners["generalist"].seen), len(scanners["neural-cleanse"].seen)) == (2, 1)
+    assert found["before"]["scanner"] == found["after"]["scanner"] == "generalist"
     assert "neural-cleanse searches for one" in capsys.readouterr().err
     assert any("the one found by neural-cleanse was used" in text for text in found["warnings"])
     assert "Before the repair: Index" in page.read_text() and "After the repair: Index" in page.read_text()
 
 
 def test_a_method_that_needs_no_trigger_does_without(tmp_path, monkeypatch):
-    scanners = script(monkeypatch, activation_outlier={}, neural_cleanse={TARGET: corner_trigger()})
+    scanners = script(monkeypatch, generalist={}, neural_cleanse={TARGET: corner_trigger()})
     page = tmp_path / "out.html"
     found = repaired("--method", "pruning", "--html", page, tmp_path=tmp_path)
     assert not scanners["neural-cleanse"].seen
@@ -200,14 +203,14 @@ def test_a_method_that_needs_no_trigger_does_without(tmp_path, monkeypatch):
 
 
 def test_without_any_trigger_the_error_names_a_method_that_needs_none(tmp_path, monkeypatch, capsys):
-    script(monkeypatch, activation_outlier={}, neural_cleanse={})
+    script(monkeypatch, generalist={}, neural_cleanse={})
     assert run(["repair", str(VICTIM), *QUICK, "-o", str(tmp_path / "cured")]) == 4
     assert "no trigger was found" in (err := capsys.readouterr().err) and "--method fine-pruning" in err
     assert not (tmp_path / "cured").exists()
 
 
 def test_trojan_images_in_a_folder_are_measured(tmp_path, monkeypatch):
-    script(monkeypatch, activation_outlier={})
+    script(monkeypatch, generalist={})
     data = subset(load_dataset("digits", "test"), 40, seed=0)
     assert data.labels is not None
     stamped = corner_trigger()(data.pixels(), torch.Generator())
@@ -224,7 +227,7 @@ def test_trojan_images_in_a_folder_are_measured(tmp_path, monkeypatch):
 
 
 def test_an_interrupted_repair_goes_on_and_ends_as_an_undisturbed_one(tmp_path, monkeypatch, capsys):
-    script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    script(monkeypatch, generalist={TARGET: corner_trigger()})
     repaired("--epochs", "3", tmp_path=tmp_path)
     home = tmp_path / "again"
     arguments = ["repair", str(VICTIM), *QUICK, "--epochs", "3", "-o", str(home / "cured")]
@@ -256,7 +259,7 @@ def test_few_images_get_more_epochs_and_methods_without_any_get_none():
 
 @pytest.mark.parametrize("method", ["fine-pruning", "fine-tuning", "neuron-pruning"])
 def test_every_method_writes_a_model_that_can_be_loaded_again(method, tmp_path, monkeypatch):
-    script(monkeypatch, activation_outlier={TARGET: corner_trigger()})
+    script(monkeypatch, generalist={TARGET: corner_trigger()})
     epochs = () if method == "neuron-pruning" else ("--epochs", "2")
     found = repaired("--method", method, *epochs, tmp_path=tmp_path)
     assert found["method"]["name"] == method
@@ -280,7 +283,7 @@ def test_the_public_function_repairs_with_options():
 
 def test_neural_cleanse_scans_by_its_name_with_progress(tmp_path, monkeypatch, capsys):
     few = NeuralCleanse(samples_per_step=32, steps=6, success=0.5, patience=2)
-    monkeypatch.setitem(survey.CLEANSE_EFFORTS, "quick", few)
+    monkeypatch.setitem(named.CLEANSE_EFFORTS, "quick", few)
     monkeypatch.setattr(survey, "INTERVAL", 0.0)
     arguments = [
         "scan",
@@ -351,7 +354,7 @@ def test_bad_input_exits_4_with_a_remedy(arguments, said, tmp_path, monkeypatch,
 
 
 def test_a_network_without_convolutions_is_told_what_to_take(tmp_path, monkeypatch, capsys):
-    script(monkeypatch, activation_outlier={})
+    script(monkeypatch, generalist={})
     monkeypatch.setattr("unhorse.survey.load", lambda path, options: template_victim(shape=(1, 8, 8)))
     monkeypatch.setattr(repair_runs, "check_recognised", lambda model, clean: None)
     arguments = ["repair", str(VICTIM), *QUICK, "--method", "pruning", "--unlabelled"]
@@ -368,7 +371,7 @@ def test_a_copy_that_could_not_be_loaded_again_is_refused(tmp_path, monkeypatch,
             return RepairResult("wrap", wrapped)
 
     monkeypatch.setattr(repair_runs, "REPAIRS", {**REPAIRS, "pruning": Wrap})
-    script(monkeypatch, activation_outlier={})
+    script(monkeypatch, generalist={})
     folder = tmp_path / "cured"
     assert run(["repair", str(VICTIM), *QUICK, "--method", "pruning", "-o", str(folder)]) == 4
     assert "could not be loaded again" in capsys.readouterr().err and not folder.exists()

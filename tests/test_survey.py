@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from unhorse.model_files import find_models
 from unhorse.models.classifier import save_classifier
 from unhorse.report import ScannedModel
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
+from unhorse.scanners.generalist import Generalist
 from unhorse.survey import (
     Request,
     build_reference,
@@ -106,9 +108,15 @@ def test_an_error_inside_a_scan_is_that_models_failure(victims, monkeypatch):
 
 
 def test_effort_and_seed_choose_the_scanner():
-    scanner = make_scanner(Request(effort="deep", seed=7), device=torch.device("cpu"))
-    assert isinstance(scanner, ActivationOutlier)
-    assert (scanner.seed, scanner.starts) == (7, EFFORTS["deep"].starts)
+    def made(**request: Any) -> Any:
+        return make_scanner(Request(**request), device=torch.device("cpu"))
+
+    scanner = made(scanner="generalist", effort="deep", seed=7, timeout=60.0)
+    assert isinstance(scanner, Generalist)
+    assert (scanner.seed, scanner.budget, scanner.outlier.search) == (7, 60.0, EFFORTS["deep"].search)
+    assert made(effort="quick") == EFFORTS["quick"] and made() == EFFORTS["standard"]
+    assert made(scanner="activation-outlier", effort="deep") == EFFORTS["deep"]
+    assert isinstance(made(scanner="generalist", effort="quick"), Generalist)
 
 
 def test_a_reference_holds_the_sorted_scores_of_benign_models(victims, tmp_path):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from unhorse.repairs.registry import REPAIRS
     from unhorse.rules import LoadFailed, LoadRefused
     from unhorse.scanners.activation_outlier import ActivationOutlier
+    from unhorse.scanners.generalist import Generalist
     from unhorse.scanners.neural_cleanse import NeuralCleanse
     from unhorse.scanners.signature_scanner import SignatureScanner
     from unhorse.scanners.signatures import compute_signature
@@ -28,6 +29,7 @@ __all__ = [
     "Classifier",
     "Contrast",
     "Dataset",
+    "Generalist",
     "Guard",
     "LoadFailed",
     "LoadRefused",
@@ -53,6 +55,7 @@ _HOMES = {
     "Classifier": "unhorse.core",
     "Contrast": "unhorse.monitors.contrast",
     "Dataset": "unhorse.core",
+    "Generalist": "unhorse.scanners.generalist",
     "Guard": "unhorse.monitors.guard",
     "LoadFailed": "unhorse.rules",
     "LoadRefused": "unhorse.rules",
@@ -77,11 +80,9 @@ def scan(
 
     >>> result = unhorse.scan(unhorse.load_model("model.safetensors"))
     """
-    from dataclasses import replace
+    from unhorse.scanners.named import named_scanner
 
-    from unhorse.scanners.activation_outlier import EFFORTS
-
-    return replace(EFFORTS[effort], seed=seed).scan(model, clean)
+    return named_scanner(None, effort, seed=seed).scan(model, clean)
 
 
 def repair(

@@ -10,6 +10,7 @@ from torch import Tensor
 from unhorse.core import Classifier, ScanResult
 from unhorse.models.architectures import IMAGENET_MEAN, IMAGENET_STD
 from unhorse.scanners.activation_outlier import ActivationOutlier
+from unhorse.scanners.generalist import Generalist
 
 NORMALISATIONS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "pixels 0..1": ((0.0,), (1.0,)),
@@ -22,7 +23,7 @@ PATIENCE = 30.0
 """A scan that is longer than so many seconds is not repeated with each of them."""
 
 
-def doubts(scanner: ActivationOutlier, model: Classifier, result: ScanResult) -> list[str]:
+def doubts(scanner: ActivationOutlier | Generalist, model: Classifier, result: ScanResult) -> list[str]:
     """Says where the verdict depends on a normalisation that was only assumed: the score under others."""
     assumed = [line for line in model.assumptions if line.startswith("MD301 input normalisation")]
     if not assumed or result.score is None or scanner.estimate(model) > PATIENCE:

@@ -27,24 +27,18 @@ from unhorse.models.classifier import weights_hash
 from unhorse.models.graph import GRAPH
 from unhorse.report import Report, ScannedModel
 from unhorse.rules import LoadFailed, LoadRefused
-from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
+from unhorse.scanners.named import DATA_FREE, NAMED, NEURAL_CLEANSE, named_scanner
 from unhorse.scanners.neural_cleanse import NeuralCleanse
 from unhorse.scanners.signature_scanner import SignatureScanner
 from unhorse.survey_cache import ScanCache, scan_key, stamp
 
-OUTLIER, NEURAL_CLEANSE = "activation-outlier", "neural-cleanse"
 INTERVAL = 10.0
 """Seconds between lines of progress."""
-CLEANSE_EFFORTS = {
-    "quick": NeuralCleanse(samples_per_step=256),
-    "standard": NeuralCleanse(),
-    "deep": NeuralCleanse(repeats=3),
-}
 
 
 @dataclass(frozen=True)
 class Request:
-    """How models are to be scanned. `scanner` is the folder of a fitted one, or OUTLIER or NEURAL_CLEANSE.
+    """How models are to be scanned. `scanner` is the folder of a fitted one, or one of NAMED.
 
     `loading` holds arguments of load_model; None in it means: as the file says. A scan is given up after
     `timeout` seconds; with `cached` what was scanned before is taken from there.
@@ -65,7 +59,7 @@ class Request:
             raise ValueError("--channels goes with --size: give both")
         if str(self.scanner) == NEURAL_CLEANSE and (self.clean is None or self.reference is not None):
             raise ValueError(f"{NEURAL_CLEANSE} takes clean images and no reference: give --clean alone")
-        folders = [self.reference, None if str(self.scanner) in (OUTLIER, NEURAL_CLEANSE) else self.scanner]
+        folders = [self.reference, None if str(self.scanner) in NAMED else self.scanner]
         for folder in folders:
             if folder is not None and not Path(folder).is_dir():
                 raise ValueError(f"there is no folder {folder}")
@@ -73,19 +67,18 @@ class Request:
 
 def make_scanner(request: Request, *, device: torch.device) -> ModelScanner:
     """The scanner of a request: by its name at the requested effort, or a fitted one from its folder."""
-    if request.scanner is None or str(request.scanner) == OUTLIER:
-        return replace(EFFORTS[request.effort], seed=request.seed, budget=request.timeout)
-    if str(request.scanner) == NEURAL_CLEANSE:
-        return replace(CLEANSE_EFFORTS[request.effort], seed=request.seed)
+    if request.scanner is None or str(request.scanner) in NAMED:
+        name = None if request.scanner is None else str(request.scanner)
+        return named_scanner(name, request.effort, seed=request.seed, budget=request.timeout)
     folder = Path(request.scanner)
     return SignatureScanner.load(folder, device=str(device), cache=cache_folder() / "signatures")
 
 
 def scan_with(scanner: ModelScanner, model: Classifier, clean: Dataset | None, *, label: str) -> ScanResult:
     """Scans one model, with a word to who waits on how long it takes; `label` says what is scanned."""
-    if isinstance(scanner, ActivationOutlier):
+    if isinstance(scanner, DATA_FREE):
         say(f"{label}: about {scanner.estimate(model):.0f} s")
-    if isinstance(scanner, NeuralCleanse | ActivationOutlier):
+    if isinstance(scanner, (NeuralCleanse, *DATA_FREE)):
         return scanner.scan(model, clean, on_step=_steps(label))
     return scanner.scan(model, clean)
 
@@ -157,7 +150,7 @@ class _Score:
         device = choose_device(self.request.device)
         model = load(self.path, self.request.loading).to(device)
         scanner = make_scanner(self.request, device=device)
-        result = scanner.measure(model) if isinstance(scanner, ActivationOutlier) else scanner.scan(model)
+        result = scanner.measure(model) if isinstance(scanner, DATA_FREE) else scanner.scan(model)
         if result.score is None:
             raise ValueError(result.reason)
         return result.score
@@ -211,20 +204,19 @@ class _Scan:
         device = choose_device(self.request.device)
         model.to(device)
         scanner = make_scanner(self.request, device=device)
-        scanner = (
-            replace(scanner, reference=self.reference) if isinstance(scanner, ActivationOutlier) else scanner
-        )
+        if isinstance(scanner, DATA_FREE):
+            scanner = replace(scanner, reference=self.reference)
         if isinstance(scanner, SignatureScanner) and self.reference is not None:
             scanner.reference_ = self.reference
         clean = clean_images(self.request.clean, model)
         result = scan_with(scanner, model, clean, label=f"{self.path} ({self.request.effort})")
-        if isinstance(scanner, ActivationOutlier):
+        if isinstance(scanner, DATA_FREE):
             result = replace(result, warnings=(*result.warnings, *doubts(scanner, model, result)))
         return result
 
 
 def _folder_of(scanner: Path | str | None) -> Path | None:
-    return None if scanner is None or str(scanner) in (OUTLIER, NEURAL_CLEANSE) else Path(scanner)
+    return None if scanner is None or str(scanner) in NAMED else Path(scanner)
 
 
 def describe(path: Path, model: Classifier, file: Opened | None = None, **fields: Any) -> ScannedModel:

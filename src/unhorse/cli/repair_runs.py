@@ -22,7 +22,8 @@ from unhorse.rates import TrojanImages
 from unhorse.repair_report import RepairedModel
 from unhorse.repairs.registry import NEEDS_FINDING, REPAIRS
 from unhorse.report import Report
-from unhorse.survey import NEURAL_CLEANSE, Request, describe, environment, make_scanner, scan_with
+from unhorse.scanners.named import NEURAL_CLEANSE
+from unhorse.survey import Request, describe, environment, make_scanner, scan_with
 from unhorse.wording import finite
 
 HELD_OUT = 0.3
@@ -51,7 +52,7 @@ class RepairRequest:
 
     method: str = "unlearning"
     epochs: int | None = None
-    scanner: str = "activation-outlier"
+    scanner: str | None = None
     effort: str = "standard"
     seed: int = 0
     options: Mapping[str, object] = field(default_factory=dict)

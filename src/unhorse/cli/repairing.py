@@ -16,7 +16,7 @@ from unhorse.cli.scanning import Effort
 from unhorse.jobs import say
 
 Method = Literal["unlearning", "neuron-pruning", "fine-pruning", "pruning", "fine-tuning", "nad"]
-ScannerName = Literal["activation-outlier", "neural-cleanse"]
+ScannerName = Literal["generalist", "activation-outlier", "neural-cleanse"]
 
 
 def repair(  # noqa: PLR0913 - one parameter per flag
@@ -41,7 +41,7 @@ def repair(  # noqa: PLR0913 - one parameter per flag
         Path | None, Parameter(help="Images that carry a trigger, in a folder per true class.")
     ] = None,
     target: Annotated[str | None, Parameter(help="The class that --trojaned images aim at.")] = None,
-    scanner: Annotated[ScannerName, Parameter(help="What scans before and after.")] = "activation-outlier",
+    scanner: Annotated[ScannerName | None, Parameter(help="What scans before and after.")] = None,
     effort: Annotated[Effort, Parameter(group=COMPUTE, help="How long to search.")] = "standard",
     epochs: Annotated[int | None, Parameter(help="The method's own, or more where images are few.")] = None,
     options: ModelOptions = AS_THE_FILE_SAYS,

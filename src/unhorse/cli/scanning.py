@@ -33,7 +33,10 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     *,
     scanner: Annotated[
         Path | None,
-        Parameter(help="neural-cleanse (with --clean), or a fitted scanner's folder (`scanner fit`)."),
+        Parameter(
+            help="activation-outlier (the default), generalist (residual networks, all-to-all Trojans), "
+            "neural-cleanse (with --clean), or a fitted scanner's folder (`scanner fit`)."
+        ),
     ] = None,
     reference: Annotated[
         Path | None, Parameter(help="A folder of your own benign models: gives a p-value.")

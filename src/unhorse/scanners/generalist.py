@@ -1,4 +1,4 @@
-"""The scanner in the box: evidence that means the same in every network, weighed as others taught."""
+"""The scanner in the box: two tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -11,56 +11,57 @@ from math import inf
 from typing import Any, Self
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
-from unhorse.core import Classifier, Dataset, Reference, ScanResult, Scores, Verdict
+from unhorse.core import Classifier, Dataset, Reference, ScanResult, Scores, Table, Verdict
 from unhorse.metrics import judge
 from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, unfit
 from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
-from unhorse.scanners.evidence_weights import Weights
 from unhorse.scanners.margins import unreadable
 from unhorse.scanners.readings import Readings
 
 CARD = "generalist.json"
+FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
+"""What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
+OUTLIER, RISE = "one class stands out", "a small stamp raises another class"
 
 
 @dataclass
 class Generalist:
-    """A logistic regression on numbers that are free of the scale of a network's logits (ours).
+    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
-    The margins of activation-outlier find one class that stands out; universal stamps on stand-ins for clean
-    images find what has no single target. Of Readings.numbers() those count whose names hold one of `uses`.
-    Each can only count against a model, so that the groups of models it was fitted on cannot be told apart by
-    one number against another; all groups weigh the same, and so do benign and trojaned models within each.
-    The score is the log odds of "trojaned"; `threshold` is the 95 % quantile of the scores that benign models
-    got from fits without their groups (docs/methods). With a `reference` the p-value decides instead.
-    UNDECIDED: fewer than 3 classes, no stand-ins, or `budget` seconds are over.
+    Does one class stand out among the margins that activation-outlier finds (Readings.outlier)? Does one
+    small stamp raise another class in every stand-in for a clean image (Readings.rise)? Each number is
+    divided by its scale, and the score is the larger one. Scales were chosen on development models,
+    `threshold` is the 95 % quantile of the scores of benign models of many groups, and `corroborated` their
+    80 % quantile: it takes the place of the threshold where a trigger was demonstrated (docs/methods). With
+    a `reference` of benign models p-values of 0.05 and 0.2 decide instead. UNDECIDED: fewer than 3 classes,
+    no stand-ins, or `budget` seconds are over.
     """
 
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
-    uses: tuple[str, ...] = ("margin", "raised")
-    ridge: float = 0.02
+    area: float = 0.01
+    outlier_scale: float = 4.5
+    rise_scale: float = 0.33
+    threshold: float = 1.0
+    corroborated: float = 0.6
     budget: float | None = None
     seed: int = 0
     reference: Reference | None = field(default=None, repr=False)
-    weights: Weights | None = field(default=None, repr=False, compare=False)
-    threshold: float = 0.0
 
     name = "generalist"
 
     @classmethod
     def shipped(cls, effort: str = "standard", **fields: Any) -> Self:
-        """The one that comes with this package, fitted on the models that its card names; `effort` is that of
-        the demonstration, and changes no score.
+        """The one that comes with this package, with the thresholds of its card; `effort` is that of the
+        demonstration, and changes no score.
         """
         card = json.loads(resources.files("unhorse.scanners").joinpath(CARD).read_text("utf-8"))
-        search = EFFORTS[effort].search
-        return replace(cls.read(card), outlier=ActivationOutlier(search=search), **fields)
+        thresholds = {name: card[name] for name in ("threshold", "corroborated")}
+        return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **thresholds, **fields)
 
-    # --- learning -------------------------------------------------------------------------------------------
+    # --- over many models -----------------------------------------------------------------------------------
 
     def features(self, model: Classifier) -> dict[str, Any]:
         """The readings of `model` for JSON: what takes long, and is the same whatever numbers are made of it;
@@ -74,40 +75,38 @@ class Generalist:
         trojaned: Sequence[bool],
         groups: Sequence[object] | None = None,
     ) -> Self:
-        """Learn from the features of models whose kind is known; `groups` says which belong together."""
-        flags = torch.tensor([bool(flag) for flag in trojaned])
-        if len(features) != len(flags) or int(flags.sum()) < 2 or int((~flags).sum()) < 2:
-            raise ValueError(
-                f"{len(features)} models with {int(flags.sum())} of {len(flags)} labels trojaned: give a "
-                "label for each, and at least 2 models of either kind"
-            )
-        numbers = [Readings.read(each).numbers() for each in features]
-        names = [name for name in numbers[0] if any(part in name for part in self.uses)]
-        rows = torch.tensor([[each[name] for name in names] for each in numbers], dtype=torch.float64)
-        self.weights = Weights.learned(names, rows, flags, groups or [0] * len(flags), self.ridge)
+        """Nothing is learned but the thresholds, from benign models of `groups`, of which each counts the
+        same.
+        """
+        several: dict[object, list[float]] = {}
+        groups = groups or [0] * len(features)
+        for score, flag, group in zip(self.scores(features).tolist(), trojaned, groups, strict=True):
+            if not flag:
+                several.setdefault(group, []).append(score)
+        if not several:
+            raise ValueError("no benign models: thresholds are made of their scores")
+        least = min(len(own) for own in several.values())
+        calm = torch.tensor([score for own in several.values() for score in own[:least]])
+        self.threshold = float(calm.quantile(1 - FALSE_POSITIVES))
+        self.corroborated = float(calm.quantile(1 - CORROBORATED))
         return self
 
+    @property
+    def threshold_(self) -> float:
+        """As scanners that learn call it."""
+        return self.threshold
+
     def scores(self, features: Sequence[Mapping[str, Any]]) -> Scores:
-        """Log odds of "trojaned" per model."""
-        return self._fitted().scores(torch.cat([self._row(Readings.read(each)) for each in features]))
+        """The score of each model."""
+        found = [max(self.ratios(Readings.read(each)).values()) for each in features]
+        return torch.tensor(found, dtype=torch.float64)
 
-    def _fitted(self) -> Weights:
-        if self.weights is None:
-            raise ValueError("nothing was learned yet: call fit() or Generalist.shipped()")
-        return self.weights
-
-    def card(self) -> dict[str, Any]:
-        """What was learned, for JSON."""
-        learned = {"uses": self.uses, "ridge": self.ridge, "threshold": self.threshold}
-        return {**learned, "weights": self._fitted().card()}
-
-    @classmethod
-    def read(cls, card: Mapping[str, Any]) -> Self:
-        """From what card() gave."""
-        weights = Weights.read(card["weights"])
-        return cls(
-            uses=tuple(card["uses"]), ridge=card["ridge"], weights=weights, threshold=card["threshold"]
-        )
+    def ratios(self, readings: Readings) -> dict[str, float]:
+        """Both numbers over their scales, by what they ask."""
+        return {
+            OUTLIER: readings.outlier() / self.outlier_scale,
+            RISE: readings.rise(self.area) / self.rise_scale,
+        }
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -117,7 +116,6 @@ class Generalist:
         """Judges `model`; clean images, if given, serve the demonstration of a trigger. `on_step` hears
         (passes done, passes at most, what is going on).
         """
-        self._fitted()
         started, mine = time.monotonic(), self.search.passes(model.num_classes)
         heard = _Steps(on_step, mine)
         outlier = replace(self._outlier(), budget=self.budget)
@@ -144,7 +142,7 @@ class Generalist:
             return ScanResult.undecided(self.name, str(error))
         except TimeUp:
             return self._out_of_time(ScanResult.undecided(self.name, ""), clock)
-        score = float(self._fitted().scores(self._row(evidence.readings())))
+        score = max(self.ratios(evidence.readings()).values())
         result = ScanResult.undecided(self.name, "only the score was measured")
         return replace(result, score=score, reached=tuple(evidence.reached.tolist()))
 
@@ -169,23 +167,20 @@ class Generalist:
     def _search(self) -> EvidenceSearch:
         return self.search.seeded(self.seed)
 
-    def _row(self, readings: Readings) -> Float[Tensor, "1 d"]:
-        numbers = readings.numbers()
-        return torch.tensor([[numbers[name] for name in self._fitted().names]], dtype=torch.float64)
-
     # --- results --------------------------------------------------------------------------------------------
 
     def _judged(self, first: ScanResult, evidence: Evidence) -> ScanResult:
-        """What the activation outlier found, `first`, with the score of all numbers in place of its own."""
-        weights, readings = self._fitted(), evidence.readings()
-        row = self._row(readings)
-        score = float(weights.scores(row))
-        judgement = judge(score, self.threshold, self.reference)
-        verdict = Verdict.of(flagged=judgement.flagged, demonstrated=bool(first.triggers))
-        facts = {"score of activation-outlier": first.score, "stand-ins": len(evidence.stand_ins.held)}
-        target = None
-        if verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS):
-            target = min(first.triggers) if first.triggers else self._suspect(readings, row)
+        """What the activation outlier found, `first`, with both tests in the place of its score."""
+        readings = evidence.readings()
+        ratios = self.ratios(readings)
+        score, shown = max(ratios.values()), bool(first.triggers)
+        judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
+        enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
+        verdict = Verdict.of(flagged=(enough if shown else judgement).flagged, demonstrated=shown)
+        suspect = int(readings.reached.argmax()) if ratios[OUTLIER] >= ratios[RISE] else readings.suspect
+        found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
+        numbers = (readings.outlier(), readings.rise(self.area))
+        scales = (self.outlier_scale, self.rise_scale)
         return replace(
             first,
             verdict=verdict,
@@ -194,22 +189,27 @@ class Generalist:
             threshold=self.threshold,
             p_value=judgement.p_value,
             reference=self.reference,
-            target=target,
-            facts={**first.facts, **facts},
-            exhibits=(*first.exhibits, *evidence.exhibits(), weights.table(row)),
+            target=(min(first.triggers) if shown else suspect) if found else None,
+            facts={
+                **first.facts,
+                "threshold with a demonstrated trigger": self.corroborated,
+                "score of activation-outlier": first.score,
+                "stand-ins": len(evidence.stand_ins.held),
+            },
+            exhibits=(
+                *first.exhibits,
+                *evidence.exhibits(),
+                Table(
+                    "Two tests: the score is the larger ratio",
+                    ("asked", "number", "scale", "ratio"),
+                    tuple(
+                        (asked, f"{number:.3f}", f"{scale:.3f}", f"{number / scale:.3f}")
+                        for asked, number, scale in zip(ratios, numbers, scales, strict=True)
+                    ),
+                ),
+            ),
             warnings=(*judgement.warnings, *(() if self.reference else first.warnings)),
         )
-
-    def _suspect(self, readings: Readings, row: Float[Tensor, "1 d"]) -> int | None:
-        """The class with the largest margin if the margins make up half of the score, else the one to which
-        the largest stamp leads, if it leads to one.
-        """
-        weights = self._fitted()
-        shares = weights.shares(row)[0]
-        of_margins = torch.tensor(["margin" in name for name in weights.names])
-        if 2 * float(shares[of_margins].sum()) >= float(shares.sum()):
-            return int(readings.reached.argmax())
-        return readings.suspect
 
     def _out_of_time(self, first: ScanResult, clock: Countdown) -> ScanResult:
         reason = f"{self.budget:.0f} s were over while {clock.phase}"

@@ -1,4 +1,4 @@
-"""Readings of a model, and the numbers made of them that mean the same whatever the architecture."""
+"""Readings of a model, and two numbers of them that mean the same whatever the architecture."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from unhorse.core import Labels, Logits
 
 DIGITS = 5
 """Significant digits that are kept of a reading."""
+LEAST_SPREAD = 0.01
+"""Log margins that differ less than this are called equal."""
 
 
 class Readings(NamedTuple):
@@ -27,33 +29,22 @@ class Readings(NamedTuple):
     areas: tuple[float, ...]
     stamped: Float[Tensor, "s n k"]
 
-    def numbers(self) -> dict[str, float]:
-        """The numbers by name; of each a larger one is the more suspicious."""
-        found: dict[str, Tensor | float] = {}
-        found |= _of_margins(self.reached.double())
-        lead = -lead_of_others(self.logits, self.labels).double().mean()
-        found["stand-ins shaken"] = 1 - self.held.double().mean()
-        found["stand-ins near"] = self.logits.double().std().clamp(min=1e-9) / lead
-        for area, logits in zip(self.areas, self.stamped, strict=True):
-            found |= {
-                f"{called(area)}: {what}": value for what, value in self._of_stamp(logits, lead).items()
-            }
-        return {name: float(value) for name, value in found.items()}
-
-    def _of_stamp(self, logits: Logits, lead: Tensor) -> dict[str, Tensor]:
-        """The log of the share of the lead that a stamp takes, how often it takes more than all, how often
-        the same class is the next one then, and how far the most raised class rises, as a share of the lead.
+    def outlier(self) -> float:
+        """How far the largest log margin stands out from the others, in their standard deviations. Margins
+        below a thousandth of the largest count as that.
         """
-        leads = lead_of_others(logits, self.labels).double()
-        towards = next_class(logits, self.labels)
-        change = (logits - self.logits).double()
+        reached = self.reached.double()
+        logs = reached.clamp(min=1e-3 * float(reached.max())).log().sort(descending=True).values
+        return float((logs[0] - logs[1:].mean()) / (logs[1:].std() + LEAST_SPREAD))
+
+    def rise(self, area: float) -> float:
+        """How far the class that rises most under the stamp of that area rises, on average over the
+        stand-ins, as a share of the lead that their own classes had. Logits are taken relative to their mean,
+        and an image's own class does not count.
+        """
+        change = (self.stamped[self.areas.index(area)] - self.logits).double()
         change = (change - change.mean(1, keepdim=True)).scatter(1, self.labels[:, None], 0.0)
-        return {
-            "taken": (1 + leads.mean() / lead).clamp(min=1e-3).log(),
-            "flipped": (leads > 0).double().mean(),
-            "agreement": torch.bincount(towards).max().double() / len(towards),
-            "raised": change.mean(0).max() / lead,
-        }
+        return float(change.amax(1).mean() / -lead_of_others(self.logits, self.labels).double().mean())
 
     @property
     def suspect(self) -> int | None:
@@ -97,22 +88,6 @@ def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
 def next_class(logits: Logits, labels: Labels) -> Labels:
     """The best class but each image's own."""
     return logits.scatter(1, labels[:, None], -torch.inf).argmax(1)
-
-
-def _of_margins(reached: Float[Tensor, " k"]) -> dict[str, Tensor]:
-    """How far the largest log margin stands out: in deviations of the others, over the next, over the next in
-    deviations, and over the median.
-    """
-    logs = reached.clamp(min=1e-3 * float(reached.max())).log().sort(descending=True).values
-    first, others = logs[0], logs[1:]
-    spread = others.std() + 0.05
-    gap = first - others[0]
-    return {
-        "margin outlier": (first - others.mean()) / spread,
-        "margin gap": gap,
-        "margin gap in deviations": gap / spread,
-        "margin ratio": first - logs.quantile(0.5),
-    }
 
 
 def _rounded(values: Any) -> Any:
