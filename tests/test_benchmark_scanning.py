@@ -19,7 +19,6 @@ from unhorse.benchmark import fitting, model_scores
 from unhorse.benchmark.run import run_spec
 from unhorse.benchmark.scanners import METHODS, Method, make
 from unhorse.benchmark.scanning import ScanningSpec, Trial
-from unhorse.benchmark.scanning_trials import _evenly
 from unhorse.core import Classifier, ScanResult, Verdict
 from unhorse.metrics import auroc, evaluation
 from unhorse.models.classifier import load_classifier, read_card
@@ -555,10 +554,6 @@ def test_scores_are_compared_with_benign_models_of_the_other_populations(place, 
     assert "19 benign references give no fpr_at_fpr01" in capsys.readouterr().err
     assert not of(rows, metric="fpr_at_fpr01")
     assert {row["trained_on"] for row in rows} == {None}
-
-
-def test_no_large_population_outweighs_the_others_in_a_reference():
-    assert _evenly([[1.0, 2.0, 3.0], [4.0], [5.0, 6.0]]) == [1.0, 4.0, 5.0]
 
 
 def test_a_learned_method_is_fitted_and_calibrated_without_the_population_it_judges(place):
