@@ -1,4 +1,4 @@
-"""Sets the thresholds of the scanner in the box, and writes its card into the package.
+"""Sets norms and thresholds of the scanner in the box, and writes its card into the package.
 
 Every population of benchmarks/specs/ours-default-scan.toml counts as much as any other; what is measured of
 their models is kept beside them, and is what `unhorse benchmark` leaves. The card also says, per population,
@@ -58,7 +58,8 @@ def main() -> None:
         own = torch.tensor([place for place, other in enumerate(names) if other == name])
         rest = [place for place, other in enumerate(names) if other != name]
         others = [[each[place] for place in rest] for each in (features, trojaned.tolist(), names)]
-        flagged = scores[own] >= Generalist().fit(*others).threshold
+        stranger = Generalist().fit(*others)
+        flagged = stranger.scores([features[place] for place in own]) >= stranger.threshold
         kinds = trojaned[own]
         fitted_on[name] = {
             "data": selection.population.dataset,
@@ -71,9 +72,9 @@ def main() -> None:
             },
         }
     card = {
+        "norms": scanner.norms,
         "threshold": scanner.threshold,
         "corroborated": scanner.corroborated,
-        "scales": {"outlier": scanner.outlier_scale, "rise": scanner.rise_scale},
         "method": "docs/methods/generalist.md",
         "fitted_on": fitted_on,
         "auroc": auroc(scores, trojaned),

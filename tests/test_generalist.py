@@ -12,27 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TARGET, TemplateNetwork, board, template_victim
-from planted_models import planted_models
 from unhorse.core import Bars, Classifier, Dataset, ImageGrid, Reference, Table, Verdict
 from unhorse.scanners import stamps
 from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch
-from unhorse.scanners.generalist import Generalist
+from unhorse.scanners.generalist import AWAY, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
-from unhorse.scanners.readings import LEAST_SPREAD, Readings, lead_of_others
+from unhorse.scanners.readings import (
+    FAR,
+    LEAST_SPREAD,
+    MARGIN_COUNTS,
+    NORMAL,
+    Readings,
+    lead_of,
+    lead_of_others,
+)
 from unhorse.scanners.stamps import StampSearch
 from unhorse.scanners.stand_ins import StandInSearch
 
 SHAPE = (1, 16, 16)
-HASTY = EvidenceSearch(StandInSearch(count=12, steps=12), StampSearch(steps=4, more_steps=2, restarts=1))
-OUTLIER = ActivationOutlier(steps=12, starts=2, search=FootprintSearch(steps=2, refine=1, rivals=1))
-
-
-def planted(count: int, first: int = 0) -> tuple[list[Classifier], list[bool]]:
-    """Models whose Trojans show."""
-    return planted_models(count, first=first, noise=0.1)
+HASTY = EvidenceSearch(StandInSearch(count=12, steps=30), StampSearch(area=0.04, steps=30), most_bearers=6)
+QUICK = ActivationOutlier(steps=12, starts=2, search=FootprintSearch(steps=2, refine=1, rivals=1))
 
 
 class Gated(TemplateNetwork):
@@ -68,6 +70,18 @@ def of(network: nn.Module, classes: int = 6) -> Classifier:
     return Classifier(network, image_shape=SHAPE, class_names=names).eval()
 
 
+def planted(count: int, first: int = 0) -> tuple[list[Classifier], list[bool]]:
+    """Models of six classes, no two alike, every second one gated."""
+    several = []
+    for seed in range(first, first + count):
+        network = Gated(all_targets=False) if seed % 2 else TemplateNetwork(6, SHAPE)
+        rng = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            network.templates.add_(0.03 * torch.randn(network.templates.shape, generator=rng))
+        several.append(of(network))
+    return several, [seed % 2 == 1 for seed in range(first, first + count)]
+
+
 @pytest.fixture(scope="module")
 def models() -> dict[str, Classifier]:
     return {
@@ -79,16 +93,17 @@ def models() -> dict[str, Classifier]:
 
 @pytest.fixture(scope="module")
 def evidence(models) -> dict[str, Evidence]:
-    return {name: EvidenceSearch().run(model, torch.ones(6)) for name, model in models.items()}
+    search = EvidenceSearch(stamps=StampSearch(area=0.04))
+    return {name: search.run(model, torch.arange(6.0)) for name, model in models.items()}
 
 
 @pytest.fixture(scope="module")
 def fitted() -> Generalist:
     """Fitted on hasty numbers of planted models; its threshold lies between theirs."""
-    scanner = Generalist(outlier=OUTLIER, search=HASTY)
+    scanner = Generalist(outlier=QUICK, search=HASTY)
     several, flags = planted(8)
     features = [scanner.features(model) for model in several]
-    scores = scanner.scores(features)
+    scores = scanner.fit(features, flags).scores(features)
     benign, trojaned = scores[~torch.tensor(flags)], scores[torch.tensor(flags)]
     assert benign.max() < trojaned.min()
     return replace(scanner, threshold=float(benign.max() + trojaned.min()) / 2)
@@ -129,50 +144,71 @@ def test_what_the_model_takes_for_another_class_is_left_out():
         HASTY.run(model, torch.ones(6))
 
 
-def test_the_lead_of_the_others_is_known():
+def test_leads_are_known():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]])
+    assert lead_of(logits, torch.tensor([0, 2])).tolist() == [1.0, -6.0]
     assert lead_of_others(logits, torch.tensor([0, 2])).tolist() == [-1.0, 6.0]
 
 
 # --- stamps -------------------------------------------------------------------------------------------------
 
 
-def test_a_patch_has_its_mass_and_a_larger_one_takes_more(evidence):
-    stand_ins, found = evidence["benign"].stand_ins, evidence["benign"].stamps
-    assert [stamp.area for stamp in found] == [0.005, 0.01, 0.02, 0.04]
-    taken = []
-    for stamp in found:
-        assert float(stamp.mask.sum()) <= stamp.area * 256 + 1e-3
-        assert stamp.mask.min() >= 0 and stamp.mask.max() <= 1
-        taken.append(float(lead_of_others(stamp.logits, stand_ins.inputs.labels).mean()))
-    assert taken == sorted(taken)
+def test_patches_have_their_mass(evidence):
+    found = evidence["benign"]
+    for several in (*found.away, *found.towards):
+        assert (several.masks.sum((1, 2, 3)) <= 0.04 * 256 + 1e-3).all()
+        assert several.masks.min() >= 0 and several.masks.max() <= 1
+    # one for all of 36 stand-ins, one for each; one for each of 6 targets, and for half of 24 bearers
+    assert [len(several.masks) for several in (*found.away, *found.towards)] == [1, 36, 6, 6 * 12]
 
 
-def test_the_logits_of_a_stamp_are_those_of_stamped_images(models, evidence):
-    images, stamp = evidence["single"].stand_ins.inputs.images, evidence["single"].stamps[-1]
+def test_the_leads_of_stamps_are_those_of_stamped_images(models, evidence):
+    model, found = models["single"], evidence["single"]
+    images, labels = found.stand_ins.inputs
     with torch.no_grad():
-        logits = models["single"](images + stamp.mask * (stamp.pattern - images))
-    assert torch.allclose(logits, stamp.logits, atol=1e-4)
+        away = model(found.away[1].on(images, torch.arange(len(images))))
+        assert torch.allclose(lead_of_others(away, labels), found.away[1].leads[0], atol=1e-4)
+        for place, target in enumerate(found.targets.tolist()):
+            towards = model(found.towards[0].on(images[found.bearers], place))
+            leads = lead_of(towards, torch.full_like(found.bearers, target))
+            assert torch.allclose(leads, found.towards[0].leads[place], atol=1e-4)
 
 
-def test_the_trigger_is_found_where_there_is_one(evidence):
-    """Of 256 pixels the trigger has 9, so 4 % hold it."""
+def test_a_stamp_of_its_own_does_more_for_an_image(evidence):
+    benign = evidence["benign"]
+    assert float(benign.away[1].leads.mean()) > float(benign.away[0].leads.mean())
+    assert float(benign.towards[1].leads.mean()) > float(benign.towards[0].leads[:, ::2].mean())
+
+
+def test_only_a_trojan_makes_one_stamp_as_good_as_many(evidence):
     readings = {name: found.readings() for name, found in evidence.items()}
-    assert readings["single"].rise(0.04) > 2 * readings["benign"].rise(0.04)
-    assert readings["all"].rise(0.04) > 1.2 * readings["benign"].rise(0.04)
-    assert [readings[name].suspect for name in ("benign", "single", "all")] == [None, TARGET, None]
+    towards = {name: several.universality() for name, several in readings.items()}
+    assert towards["single"].max() > 0.85 > 0.7 > towards["benign"].max()
+    assert readings["single"].favours().max() > 2 * readings["benign"].favours().max()
+    assert int(readings["single"].targets[towards["single"].argmax()]) == TARGET
+    away = {name: several.untargeted_universality() for name, several in readings.items()}
+    assert away["all"] > 1.5 * away["benign"] and away["single"] > 1.5 * away["benign"]
+
+
+def test_the_classes_of_the_largest_margins_are_targets(models):
+    search = replace(HASTY, most_targets=2)
+    found = search.run(models["benign"], torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 0.0]))
+    assert found.targets.tolist() == [1, 3] and found.towards[0].leads.shape == (2, 6)
+    assert found.towards[1].leads.shape == (2, 3)
 
 
 def test_parts_of_a_pass_change_nothing(models, monkeypatch):
     model = models["single"]
     with frozen(model):
         inputs = StandInSearch(count=12, steps=12).run(model).inputs
-        search = StampSearch(steps=3, more_steps=1)
-        whole = search.run(model, inputs)
-        monkeypatch.setattr(stamps, "chunk_size", lambda model: 5)
-        parts = search.run(model, inputs)
-    for one, other in zip(whole, parts, strict=True):
-        assert torch.allclose(one.logits, other.logits, atol=1e-3)
+        for targets, each in ((None, False), (torch.tensor([0, TARGET]), True)):
+            search = StampSearch(steps=3)
+            whole = search.run(model, inputs, targets, for_each=each)
+            with monkeypatch.context() as patched:
+                patched.setattr(stamps, "chunk_size", lambda model: 5)
+                parts = search.run(model, inputs, targets, for_each=each)
+            assert torch.allclose(whole.leads, parts.leads, atol=1e-3)
+            assert torch.allclose(whole.masks, parts.masks, atol=1e-3)
 
 
 def test_passes_are_counted(models):
@@ -190,33 +226,66 @@ def test_passes_are_counted(models):
 def test_readings_survive_json(evidence):
     readings = evidence["single"].readings()
     again = Readings.read(json.loads(json.dumps(readings.record())))
-    assert again.areas == readings.areas and torch.equal(again.labels, readings.labels)
-    assert again.rise(0.01) == pytest.approx(readings.rise(0.01), rel=1e-3)
-    assert again.suspect == readings.suspect
+    assert torch.equal(again.labels, readings.labels) and torch.equal(again.bearers, readings.bearers)
+    assert torch.allclose(again.universality(), readings.universality(), rtol=1e-3)
+    assert again.untargeted_universality() == pytest.approx(readings.untargeted_universality(), rel=1e-3)
 
 
-def readings_of(reached: Tensor, logits: Tensor, stamped: Tensor) -> Readings:
-    return Readings(reached, torch.arange(3), torch.ones(3), logits, (0.01,), stamped[None])
+def readings_of(**fields: Tensor) -> Readings:
+    """Three images of three classes, each led by 4; one stamp for all does a quarter of what one for each
+    does, towards the classes 0 and 1 and away from the own.
+    """
+    clean = 4 * torch.eye(3)
+    known = {
+        "reached": torch.ones(3),
+        "labels": torch.arange(3),
+        "held": torch.ones(3),
+        "logits": clean,
+        "away_all": torch.full((3,), -3.0),
+        "away_each": torch.zeros(3),
+        "targets": torch.tensor([0, 1]),
+        "bearers": torch.arange(3),
+        "towards_all": torch.full((2, 3), -3.0),
+        "towards_each": torch.zeros(2, 2),
+    }
+    return Readings(**known | fields)
 
 
-def test_the_outlier_is_known_and_free_of_scale():
-    reached = torch.tensor([1.0, 2.0, 4.0, 32.0])
-    readings = readings_of(reached, torch.eye(3), torch.eye(3))
+def test_universality_is_known_and_free_of_scale():
+    readings = readings_of()
+    assert readings.universality().tolist() == pytest.approx([0.25, 0.25])
+    assert readings.untargeted_universality() == pytest.approx(0.25)
+    larger = {name: 7 * getattr(readings, name) for name in ("logits", "away_all", "towards_all")}
+    assert readings_of(**larger).universality().tolist() == pytest.approx([0.25, 0.25])
+    assert readings_of(**larger).untargeted_universality() == pytest.approx(0.25)
+    assert readings.favours().tolist() == [0, 0]
+
+
+def test_the_images_of_the_target_do_not_count():
+    towards = torch.tensor([[-99.0, 0.0, 0.0], [-3.0, -99.0, -3.0]])
+    assert readings_of(towards_all=towards).universality().tolist() == pytest.approx([1.0, 0.25])
+    assert readings_of(towards_all=towards).favours().tolist() == pytest.approx(
+        [0.75, 0]
+    )  # the median is the lower of two
+    own = torch.zeros(3, dtype=torch.int64)
+    alone = readings_of(labels=own, logits=4 * torch.eye(3)[own], towards_all=towards)
+    assert float(alone.universality()[0]) == 0
+
+
+def test_a_margin_that_stands_out_counts_and_a_small_one_counts_against_a_class():
     log2 = math.log(2)
-    assert readings.outlier() == pytest.approx(4 * log2 / (log2 + LEAST_SPREAD))
-    assert readings._replace(reached=7 * reached).outlier() == pytest.approx(readings.outlier())
-    equal = readings._replace(reached=torch.full((10,), 3.0))
-    assert equal.outlier() == pytest.approx(0, abs=1e-6)
+    equal = readings_of(reached=torch.tensor([8.0, 2.0, 2.0]), targets=torch.tensor([0, 1]))
+    assert equal.favours().tolist() == pytest.approx([MARGIN_COUNTS, 0])
+    spread = readings_of(reached=torch.tensor([4.0, 2.0, 1.0]))
+    expected = MARGIN_COUNTS * log2 / (NORMAL * log2 + LEAST_SPREAD) / FAR
+    assert spread.favours().tolist() == pytest.approx([expected, 0])
+    low = spread._replace(targets=torch.tensor([2, 1]), reached=7 * spread.reached)
+    assert low.favours().tolist() == pytest.approx([-expected, 0], rel=1e-5)
 
 
-def test_the_rise_is_known_and_free_of_scale():
-    clean, under = 4 * torch.eye(3), 4 * torch.eye(3)
-    under[:2, 2] = 6.0  # two of three are drawn to class 2, which is the third's own
-    readings = readings_of(torch.ones(3), clean, under)
-    # a rise by 6 where the mean rises by 2, of a lead of 4, in two of three
-    assert readings.rise(0.01) == pytest.approx(2 * (6 - 2) / 3 / 4)
-    assert readings_of(torch.ones(3), 7 * clean, 7 * under).rise(0.01) == pytest.approx(readings.rise(0.01))
-    assert readings.suspect == 2
+def test_where_not_even_an_own_stamp_does_anything_nothing_is_divided_by_it():
+    unmoved = readings_of(away_all=torch.full((3,), -4.0), away_each=torch.full((3,), -4.0))
+    assert unmoved.untargeted_universality() == 0
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -229,19 +298,18 @@ def test_unseen_models_are_told_apart(fitted):
 
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
-    def scored(score: float) -> dict[str, Any]:
-        readings = readings_of(torch.tensor([1.0, 1.0, 1.0]), 4 * torch.eye(3), 4 * torch.eye(3))
-        spread = readings._replace(reached=torch.tensor([1.0, 1.0, math.exp(score * 4.5 * LEAST_SPREAD)]))
-        return spread.record()
+    def scored(number: float) -> dict[str, Any]:
+        return readings_of(away_all=torch.full((3,), 4 * number - 4)).record()
 
-    scanner = Generalist()
-    assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, rel=1e-2)
+    scanner = Generalist(norms={AWAY: (0.0, 1.0)})
+    assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0)
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
-    assert scanner.threshold == pytest.approx(3.0, rel=1e-2)  # of 1, 1, 3 and 3
-    assert scanner.corroborated == pytest.approx(3.0, rel=1e-2)
-    assert scanner.fit(features, flags).corroborated == pytest.approx(3.0, rel=1e-2)
+    centre, width = scanner.norms[AWAY]
+    assert (centre, width) == pytest.approx((2.0, 1.0))  # the median of 1, 1, 3 and 3, and the rim
+    assert scanner.threshold == pytest.approx(1.0) and scanner.corroborated == pytest.approx(1.0)
+    assert scanner.fit(features, flags).norms[AWAY][0] == pytest.approx(3.0)
     with pytest.raises(ValueError, match="no benign models"):
         scanner.fit(features, [True] * 15)
 
@@ -259,8 +327,9 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     table = next(
         exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and "Two tests" in exhibit.title
     )
-    ratios = [float(row[-1]) for row in table.rows]
-    assert max(ratios) == pytest.approx(result.score, abs=1e-3)
+    normed = [float(row[-1]) for row in table.rows]
+    assert [row[0] for row in table.rows] == [TOWARDS, AWAY]
+    assert max(normed) == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note
@@ -268,8 +337,8 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
 
 def test_a_reference_decides_in_place_of_the_threshold(fitted):
     model = planted(1, first=101)[0][0]
-    calm = Reference("calm", tuple(float(score) for score in torch.linspace(-9, -8, 20)))
-    wild = Reference("wild", tuple(float(score) for score in torch.linspace(90, 99, 20)))
+    calm = Reference("calm", tuple(float(score) for score in torch.linspace(-9000, -8000, 20)))
+    wild = Reference("wild", tuple(float(score) for score in torch.linspace(9000, 9900, 20)))
     assert replace(fitted, reference=calm).scan(model).p_value == pytest.approx(1 / 21)
     result = replace(fitted, reference=wild).scan(model)
     assert result.p_value == 1 and result.verdict is not Verdict.INFECTED
@@ -279,7 +348,7 @@ def test_clean_images_serve_the_demonstration_and_change_no_score(fitted):
     model = planted(1, first=101)[0][0]
     rng = torch.Generator().manual_seed(0)
     clean = Dataset(
-        torch.randint(256, (16, 1, 8, 8), generator=rng, dtype=torch.uint8),
+        torch.randint(256, (16, *SHAPE), generator=rng, dtype=torch.uint8),
         None,
         model.class_names,
     )
@@ -289,9 +358,9 @@ def test_clean_images_serve_the_demonstration_and_change_no_score(fitted):
 
 
 def test_two_classes_and_no_time_are_undecided(fitted):
-    few = fitted.scan(template_victim(2, (1, 8, 8)))
+    few = fitted.scan(template_victim(2, SHAPE))
     assert few.verdict is Verdict.UNDECIDED and "3 or more" in few.reason and few.scanner == "generalist"
-    assert fitted.measure(template_victim(2, (1, 8, 8))).verdict is Verdict.UNDECIDED
+    assert fitted.measure(template_victim(2, SHAPE)).verdict is Verdict.UNDECIDED
     model = planted(1)[0][0]
     late = replace(fitted, budget=0.0).scan(model)
     assert late.verdict is Verdict.UNDECIDED and "--timeout" in late.reason
@@ -313,7 +382,7 @@ def test_the_steps_of_both_parts_are_one_count(fitted):
     done = [count for count, _, _ in heard]
     assert done == sorted(done)
     assert all(count <= most for count, most, _ in heard)
-    assert {"finding margins", "searching universal stamps"} <= {words for _, _, words in heard}
+    assert {"finding margins", "searching stamps"} <= {words for _, _, words in heard}
 
 
 # --- the one in the box -------------------------------------------------------------------------------------
@@ -334,7 +403,15 @@ def test_effort_changes_no_score(trained):
 
 def test_a_demonstrated_trigger_needs_a_lower_score(trained):
     model = trained["infected"].model
-    strict = replace(Generalist.shipped(), threshold=99.0, corroborated=0.0)
+    deaf = replace(Generalist.shipped().outlier, threshold=99.0)
+    strict = replace(Generalist.shipped(), outlier=deaf, threshold=99.0, corroborated=-99.0)
     assert strict.scan(model).verdict is Verdict.INFECTED
     assert replace(strict, corroborated=99.0).scan(model).verdict is Verdict.SUSPICIOUS
-    assert replace(strict, threshold=0.0).scan(trained["benign"].model).verdict is Verdict.SUSPICIOUS
+    assert replace(strict, threshold=-99.0).scan(trained["benign"].model).verdict is Verdict.SUSPICIOUS
+
+
+def test_a_demonstrated_trigger_of_a_class_that_stands_out_is_enough(trained):
+    strict = replace(Generalist.shipped(), threshold=99.0, corroborated=99.0)
+    assert strict.scan(trained["infected"].model).verdict is Verdict.INFECTED
+    wild = Reference("wild", (9000.0,) * 40)
+    assert replace(strict, reference=wild).scan(trained["infected"].model).verdict is Verdict.SUSPICIOUS

@@ -34,7 +34,7 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     scanner: Annotated[
         Path | None,
         Parameter(
-            help="activation-outlier (the default), generalist (residual networks, all-to-all Trojans), "
+            help="generalist (the default), activation-outlier (margins alone: faster), "
             "neural-cleanse (with --clean), or a fitted scanner's folder (`scanner fit`)."
         ),
     ] = None,

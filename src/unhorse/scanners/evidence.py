@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unhorse.core import Classifier, Exhibit, ImageGrid
+from unhorse.core import Classifier, Exhibit, ImageGrid, Labels
 from unhorse.scanners.countdown import Countdown
+from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Precision, frozen
-from unhorse.scanners.readings import Readings, called
-from unhorse.scanners.stamps import Stamp, StampSearch
+from unhorse.scanners.readings import Readings
+from unhorse.scanners.stamps import Stamps, StampSearch
 from unhorse.scanners.stand_ins import StandIns, StandInSearch
 
 FEW = 4
@@ -27,59 +28,88 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and the universal stamps on them."""
+    """What was found in a model: its margins (k,), its stand-ins, and stamps on them, one for all and one for
+    each: `away` from the own classes, and `towards` each of `targets` in the stand-ins `bearers` (every
+    second of them has its own).
+    """
 
     reached: Float[Tensor, " k"]
     stand_ins: StandIns
-    stamps: tuple[Stamp, ...]
+    away: tuple[Stamps, Stamps]
+    targets: Labels
+    bearers: Labels
+    towards: tuple[Stamps, Stamps]
 
     def readings(self) -> Readings:
         """What numbers are made of, on the CPU."""
-        return Readings(
-            self.reached.cpu(),
-            self.stand_ins.inputs.labels.cpu(),
-            self.stand_ins.held.cpu(),
-            self.stand_ins.logits.cpu(),
-            tuple(stamp.area for stamp in self.stamps),
-            torch.stack([stamp.logits for stamp in self.stamps]).cpu(),
+        readings = Readings(
+            reached=self.reached,
+            labels=self.stand_ins.inputs.labels,
+            held=self.stand_ins.held,
+            logits=self.stand_ins.logits,
+            away_all=self.away[0].leads[0],
+            away_each=self.away[1].leads[0],
+            targets=self.targets,
+            bearers=self.bearers,
+            towards_all=self.towards[0].leads,
+            towards_each=self.towards[1].leads,
         )
+        return Readings(*(values.cpu() for values in readings))
 
-    def exhibits(self) -> Iterator[Exhibit]:
-        """The stand-ins, and below them the patches that take most from all of them."""
+    def exhibits(self, model: Classifier) -> Iterator[Exhibit]:
+        """Some stand-ins, and below them under the stamps that come closest to being as good for all as each
+        image's own, with what `model` sees.
+        """
         images, labels = self.stand_ins.inputs
-        chosen = torch.linspace(0, len(images) - 1, min(SHOWN, len(images))).round().long()
-        rows, captions = [images[chosen]], [f"class {label}" for label in labels[chosen].tolist()]
-        for stamp in self.stamps:
-            own = images[chosen]
-            rows.append(own + stamp.mask * (stamp.pattern - own))
-            captions += [f"seen as {label}" for label in stamp.logits[chosen].argmax(1).tolist()]
-        sizes = ", ".join(called(stamp.area) for stamp in self.stamps)
+        with_own = self.bearers[::2]
+        some = with_own[:SHOWN]
+        images, labels = images[some], labels[some]
+        best = int(self.readings().favours().argmax())
+        own = best * len(with_own) + torch.arange(len(some), device=images.device)
+        target = model.class_names[int(self.targets[best])]
+        stamped = {
+            f"one stamp for all towards {target}": self.towards[0].on(images, best),
+            f"each image's own towards {target}": self.towards[1].on(images, own),
+            "one stamp for all away from the own class": self.away[0].on(images, 0),
+        }
+        captions = [f"class {model.class_names[label]}" for label in labels.tolist()]
+        for rows in stamped.values():
+            captions += [f"seen as {model.class_names[seen]}" for seen in model(rows).argmax(1).tolist()]
         yield ImageGrid(
-            "Stand-ins for clean images, and the stamps that take most from them",
-            torch.cat(rows).cpu(),
+            "Stand-ins for clean images, and stamps on them",
+            torch.cat([images, *stamped.values()]).cpu(),
             tuple(captions),
             (),
-            len(chosen),
-            "First row: what the model takes for a class however it is disturbed. "
-            f"Below, one stamp per row: {sizes}.",
+            len(some),
+            "First row: what the model takes for a class however it is disturbed. Below: "
+            + "; ".join(stamped)
+            + ". Only a Trojan makes one stamp for all about as good as a stamp for each.",
         )
 
 
 @dataclass(frozen=True)
 class EvidenceSearch:
-    """Stand-ins and universal stamps of a model, after its margins."""
+    """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
+    largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
+    """
 
     stand_ins: StandInSearch = StandInSearch()
     stamps: StampSearch = StampSearch()
+    most_targets: int = 10
+    most_bearers: int = 24
 
     def seeded(self, seed: int) -> EvidenceSearch:
         """The same, from other random numbers."""
-        return EvidenceSearch(replace(self.stand_ins, seed=seed), replace(self.stamps, seed=seed))
+        return replace(
+            self, stand_ins=replace(self.stand_ins, seed=seed), stamps=replace(self.stamps, seed=seed)
+        )
 
     def passes(self, num_classes: int) -> int:
-        """Forward and backward passes of one image."""
+        """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
-        return self.stand_ins.passes(num_classes) + self.stamps.passes(images)
+        bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
+        pairs = 2 * images + targets * (bearers + (bearers + 1) // 2)
+        return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
     def run(
         self,
@@ -93,10 +123,23 @@ class EvidenceSearch:
         with frozen(model, precision):
             clock.phase = "drawing stand-ins for clean images"
             stand_ins = self.stand_ins.run(model, precision, clock)
-            if len(stand_ins.held) < FEW:
+            (images, labels), count = stand_ins.inputs, len(stand_ins.held)
+            if count < FEW:
                 raise Unreadable(
-                    f"only {len(stand_ins.held)} images were found that the model takes for a class whatever "
+                    f"only {count} images were found that the model takes for a class whatever "
                     "is done to them: check the weights and the normalisation (--mean, --std, --range)"
                 )
-            clock.phase = "searching universal stamps"
-            return Evidence(reached, stand_ins, self.stamps.run(model, stand_ins.inputs, precision, clock))
+            clock.phase = "searching stamps"
+            targets = reached.argsort(descending=True)[: self.most_targets].to(labels)
+            bearers = torch.linspace(0, count - 1, min(count, self.most_bearers)).round().to(labels)
+
+            def searched(some: Labels, targets: Labels | None, *, each: bool) -> Stamps:
+                inputs = Inputs(images[some], labels[some])
+                return self.stamps.run(
+                    model, inputs, targets, for_each=each, precision=precision, clock=clock
+                )
+
+            everyone = torch.arange(count, device=labels.device)
+            away = searched(everyone, None, each=False), searched(everyone, None, each=True)
+            towards = searched(bearers, targets, each=False), searched(bearers[::2], targets, each=True)
+            return Evidence(reached, stand_ins, away, targets, bearers, towards)

@@ -23,27 +23,33 @@ from unhorse.scanners.readings import Readings
 CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
-OUTLIER, RISE = "one class stands out", "a small stamp raises another class"
+TOWARDS = "how much better is one stamp for all towards one class than towards others?"
+AWAY = "how good is one stamp for all, away from the own class?"
+CENTRE, RIM = 0.5, 0.975
+"""Quantiles of benign models that become 0 and 1."""
+LEAST_WIDTH = 1e-3
+TESTS = "Two tests: the score is the largest normed number"
 
 
 @dataclass
 class Generalist:
     """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
-    Does one class stand out among the margins that activation-outlier finds (Readings.outlier)? Does one
-    small stamp raise another class in every stand-in for a clean image (Readings.rise)? Each number is
-    divided by its scale, and the score is the larger one. Scales were chosen on development models,
-    `threshold` is the 95 % quantile of the scores of benign models of many groups, and `corroborated` their
-    80 % quantile: it takes the place of the threshold where a trigger was demonstrated (docs/methods). With
-    a `reference` of benign models p-values of 0.05 and 0.2 decide instead. UNDECIDED: fewer than 3 classes,
-    no stand-ins, or `budget` seconds are over.
+    How good is one small stamp for all stand-ins of clean images, measured by what each image's own stamp
+    does for it: towards one class, compared with the others (Readings.favours), and away from the images' own
+    class (Readings.untargeted_universality)? `norms` are the centre and the width of both numbers among
+    benign models of many groups; the score is the larger number so normed. `threshold` is the 95 % quantile
+    of those models' scores, and `corroborated` their 80 % quantile: it takes the place of the threshold where
+    a trigger was demonstrated, and so does the threshold of `outlier` for its score (docs/methods).
+    With a `reference` of benign models p-values of 0.05 and 0.2 decide instead. UNDECIDED: fewer than 3
+    classes, no stand-ins, or `budget` seconds are over.
     """
 
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
-    area: float = 0.01
-    outlier_scale: float = 4.5
-    rise_scale: float = 0.33
+    norms: Mapping[str, tuple[float, float]] = field(
+        default_factory=lambda: {TOWARDS: (0.1, 0.1), AWAY: (0.24, 0.14)}
+    )
     threshold: float = 1.0
     corroborated: float = 0.6
     budget: float | None = None
@@ -54,12 +60,12 @@ class Generalist:
 
     @classmethod
     def shipped(cls, effort: str = "standard", **fields: Any) -> Self:
-        """The one that comes with this package, with the thresholds of its card; `effort` is that of the
-        demonstration, and changes no score.
+        """The one that comes with this package, with the norms and thresholds of its card; `effort` is that
+        of the demonstration, and changes no score.
         """
         card = json.loads(resources.files("unhorse.scanners").joinpath(CARD).read_text("utf-8"))
-        thresholds = {name: card[name] for name in ("threshold", "corroborated")}
-        return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **thresholds, **fields)
+        learned = {name: card[name] for name in ("norms", "threshold", "corroborated")}
+        return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **learned, **fields)
 
     # --- over many models -----------------------------------------------------------------------------------
 
@@ -75,20 +81,22 @@ class Generalist:
         trojaned: Sequence[bool],
         groups: Sequence[object] | None = None,
     ) -> Self:
-        """Nothing is learned but the thresholds, from benign models of `groups`, of which each counts the
+        """Only norms and thresholds are learned, from benign models of `groups`, of which each counts the
         same.
         """
-        several: dict[object, list[float]] = {}
-        groups = groups or [0] * len(features)
-        for score, flag, group in zip(self.scores(features).tolist(), trojaned, groups, strict=True):
+        several: dict[object, list[Mapping[str, Any]]] = {}
+        for each, flag, group in zip(features, trojaned, groups or [0] * len(features), strict=True):
             if not flag:
-                several.setdefault(group, []).append(score)
+                several.setdefault(group, []).append(each)
         if not several:
             raise ValueError("no benign models: thresholds are made of their scores")
         least = min(len(own) for own in several.values())
-        calm = torch.tensor([score for own in several.values() for score in own[:least]])
-        self.threshold = float(calm.quantile(1 - FALSE_POSITIVES))
-        self.corroborated = float(calm.quantile(1 - CORROBORATED))
+        calm = [each for own in several.values() for each in own[:least]]
+        numbers = [_numbers(Readings.read(each)) for each in calm]
+        self.norms = {test: _norm([each[test] for each in numbers]) for test in self.norms}
+        scores = self.scores(calm)
+        self.threshold = float(scores.quantile(1 - FALSE_POSITIVES))
+        self.corroborated = float(scores.quantile(1 - CORROBORATED))
         return self
 
     @property
@@ -98,15 +106,13 @@ class Generalist:
 
     def scores(self, features: Sequence[Mapping[str, Any]]) -> Scores:
         """The score of each model."""
-        found = [max(self.ratios(Readings.read(each)).values()) for each in features]
+        found = [max(self.normed(Readings.read(each)).values()) for each in features]
         return torch.tensor(found, dtype=torch.float64)
 
-    def ratios(self, readings: Readings) -> dict[str, float]:
-        """Both numbers over their scales, by what they ask."""
-        return {
-            OUTLIER: readings.outlier() / self.outlier_scale,
-            RISE: readings.rise(self.area) / self.rise_scale,
-        }
+    def normed(self, readings: Readings) -> dict[str, float]:
+        """The number of each test: 0 is what most benign models have, 1 what hardly one exceeds."""
+        numbers = _numbers(readings)
+        return {test: (numbers[test] - centre) / width for test, (centre, width) in self.norms.items()}
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -131,7 +137,7 @@ class Generalist:
             return ScanResult.undecided(self.name, str(error))
         except TimeUp:
             return self._out_of_time(first, clock)
-        return self._judged(first, evidence)
+        return self._judged(model, first, evidence)
 
     def measure(self, model: Classifier) -> ScanResult:
         """The score alone, without demonstration and so without a verdict: what references are made of."""
@@ -142,7 +148,7 @@ class Generalist:
             return ScanResult.undecided(self.name, str(error))
         except TimeUp:
             return self._out_of_time(ScanResult.undecided(self.name, ""), clock)
-        score = max(self.ratios(evidence.readings()).values())
+        score = max(self.normed(evidence.readings()).values())
         result = ScanResult.undecided(self.name, "only the score was measured")
         return replace(result, score=score, reached=tuple(evidence.reached.tolist()))
 
@@ -169,18 +175,26 @@ class Generalist:
 
     # --- results --------------------------------------------------------------------------------------------
 
-    def _judged(self, first: ScanResult, evidence: Evidence) -> ScanResult:
+    def _judged(self, model: Classifier, first: ScanResult, evidence: Evidence) -> ScanResult:
         """What the activation outlier found, `first`, with both tests in the place of its score."""
         readings = evidence.readings()
-        ratios = self.ratios(readings)
-        score, shown = max(ratios.values()), bool(first.triggers)
+        normed, numbers = self.normed(readings), _numbers(readings)
+        score, shown = max(normed.values()), bool(first.triggers)
         judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
         enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
-        verdict = Verdict.of(flagged=(enough if shown else judgement).flagged, demonstrated=shown)
-        suspect = int(readings.reached.argmax()) if ratios[OUTLIER] >= ratios[RISE] else readings.suspect
+        stands_out = self.reference is None and (first.score or 0.0) >= self.outlier.threshold
+        flagged = judgement.flagged or (shown and (enough.flagged or stands_out))
+        verdict = Verdict.of(flagged=flagged, demonstrated=shown)
+        suspect = int(readings.targets[readings.favours().argmax()])
+        no_target = normed[AWAY] > normed[TOWARDS]
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
-        numbers = (readings.outlier(), readings.rise(self.area))
-        scales = (self.outlier_scale, self.rise_scale)
+        with torch.no_grad():
+            exhibits = tuple(evidence.exhibits(model))
+        rows = tuple(
+            (test, *(f"{value:.3f}" for value in (numbers[test], *self.norms[test], normed[test])))
+            for test in normed
+        )
+        table = Table(TESTS, ("asked", "number", "of most benign models", "width", "normed"), rows)
         return replace(
             first,
             verdict=verdict,
@@ -189,25 +203,14 @@ class Generalist:
             threshold=self.threshold,
             p_value=judgement.p_value,
             reference=self.reference,
-            target=(min(first.triggers) if shown else suspect) if found else None,
+            target=(min(first.triggers) if shown else None if no_target else suspect) if found else None,
             facts={
                 **first.facts,
                 "threshold with a demonstrated trigger": self.corroborated,
                 "score of activation-outlier": first.score,
                 "stand-ins": len(evidence.stand_ins.held),
             },
-            exhibits=(
-                *first.exhibits,
-                *evidence.exhibits(),
-                Table(
-                    "Two tests: the score is the larger ratio",
-                    ("asked", "number", "scale", "ratio"),
-                    tuple(
-                        (asked, f"{number:.3f}", f"{scale:.3f}", f"{number / scale:.3f}")
-                        for asked, number, scale in zip(ratios, numbers, scales, strict=True)
-                    ),
-                ),
-            ),
+            exhibits=(*first.exhibits, *exhibits, table),
             warnings=(*judgement.warnings, *(() if self.reference else first.warnings)),
         )
 
@@ -215,6 +218,16 @@ class Generalist:
         reason = f"{self.budget:.0f} s were over while {clock.phase}"
         reason += ": give more time (--timeout) or take --effort quick"
         return replace(ScanResult.undecided(self.name, reason), facts=first.facts, exhibits=first.exhibits)
+
+
+def _numbers(readings: Readings) -> dict[str, float]:
+    return {TOWARDS: float(readings.favours().max()), AWAY: readings.untargeted_universality()}
+
+
+def _norm(numbers: Sequence[float]) -> tuple[float, float]:
+    """Centre and width of benign models' numbers."""
+    centre, rim = torch.tensor(numbers, dtype=torch.float64).quantile(torch.tensor([CENTRE, RIM]).double())
+    return float(centre), max(float(rim - centre), LEAST_WIDTH)
 
 
 class _Steps:

@@ -22,8 +22,8 @@ CLEANSE_EFFORTS = {
 def named_scanner(
     name: str | None, effort: str = "standard", *, seed: int = 0, budget: float | None = None
 ) -> Generalist | ActivationOutlier | NeuralCleanse:
-    """One of NAMED at an effort, the activation outlier unless one is named. `budget` is in seconds."""
-    name = name or OUTLIER
+    """One of NAMED at an effort, the generalist unless one is named. `budget` is in seconds."""
+    name = name or GENERALIST
     if name not in NAMED or effort not in EFFORTS:
         allowed = f"{', '.join(NAMED)}, at {', '.join(EFFORTS)}"
         raise ValueError(f"no scanner {name!r} at effort {effort!r}: take one of {allowed}")

@@ -1,4 +1,4 @@
-"""Universal stamps: how much of what a model sees one small patch on every image takes away."""
+"""Stamps: small patches that lead a model to a class, one for all images or one for each."""
 
 from __future__ import annotations
 
@@ -10,107 +10,127 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from unhorse.core import Classifier, Labels, Logits
+from unhorse.core import Classifier, Images, Labels
 from unhorse.models.training import autocast
 from unhorse.scanners.countdown import Countdown
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
-from unhorse.scanners.readings import lead_of_others
+from unhorse.scanners.readings import lead_of, lead_of_others
+
+DEVIATION = 0.5
+"""Of the colours' random start, before their sigmoid."""
 
 
-class Stamp(NamedTuple):
-    """A patch whose mask adds up to a share `area` of the pixels, and the logits of the images that it was
-    made for, under it.
+class Stamps(NamedTuple):
+    """Masks and patterns of the patches, and the leads of each of t targets in each of n images under its
+    patch; without targets t is 1, and a lead is that of the best class but the image's own.
     """
 
-    area: float
-    mask: Float[Tensor, "1 h w"]
-    pattern: Float[Tensor, "c h w"]
-    logits: Logits
+    masks: Float[Tensor, "s 1 h w"]
+    patterns: Float[Tensor, "s c h w"]
+    leads: Float[Tensor, "t n"]
+
+    def on(self, images: Images, stamp: int | Tensor) -> Images:
+        """Images under one of the patches, or each under one."""
+        return images + self.masks[stamp] * (self.patterns[stamp] - images)
 
 
 @dataclass(frozen=True)
 class StampSearch:
-    """Optimises patches that lead away from what the model sees in every image, wherever that leads.
+    """Optimises patches whose opaque mass is `area`, a share of the pixels: they place and shape themselves.
 
-    A trigger of any kind is such a patch: of one target, of all targets, for one source class. Its opaque
-    mass is one of `areas`, a share of the pixels, and it places and shapes itself. The smallest takes `steps`
-    steps, and each larger one goes on from there for `more_steps`. The best of `restarts` counts.
+    One patch may serve all images or each image have its own; it leads to a target class, or away from the
+    image's own wherever that leads. All start from the same colours, spread evenly, and take `steps` steps.
     """
 
-    areas: tuple[float, ...] = (0.005, 0.01, 0.02, 0.04)
-    restarts: int = 2
-    steps: int = 20
-    more_steps: int = 10
+    area: float = 0.02
+    steps: int = 30
     learning_rate: float = 0.4
     seed: int = 0
 
-    def passes(self, images: int) -> int:
-        """Forward and backward passes of one image."""
-        further = (len(self.areas) - 1) * self.more_steps
-        return images * self.restarts * (self.steps + further + len(self.areas))
+    def passes(self, leads: int) -> int:
+        """Forward and backward passes of one image, for that many pairs of target and image."""
+        return leads * (self.steps + 1)
 
     def run(
         self,
         model: Classifier,
         inputs: Inputs,
+        targets: Labels | None = None,
+        *,
+        for_each: bool = False,
         precision: Precision = "auto",
         clock: Countdown | None = None,
-    ) -> tuple[Stamp, ...]:
-        """A stamp per area for images with their classes; call it inside `frozen(model)`. TimeUp when the
-        clock's budget is spent.
+    ) -> Stamps:
+        """A stamp per target, or per target and image, for images with their classes; call it inside
+        `frozen(model)`. TimeUp when the clock's budget is spent.
         """
-        return tuple(self._grown(_Bearers(model, inputs, precision, clock or Countdown(), chunk_size(model))))
-
-    def _grown(self, bearers: _Bearers) -> Iterator[Stamp]:
-        images, labels = bearers.inputs
+        pairs = _Pairs(model, inputs, targets, for_each, self.area, precision, clock or Countdown())
         rng = torch.Generator().manual_seed(self.seed)
-        shape = (self.restarts, *images.shape[1:])
-        colours = (0.5 * torch.randn(shape, generator=rng)).to(images)
-        places = (0.1 * torch.randn(shape[0], 1, *shape[2:], generator=rng)).to(images)
+        shape = inputs.images.shape[1:]
+        colours = (DEVIATION * torch.randn(1, *shape, generator=rng)).to(inputs.images)
+        colours = colours.repeat(pairs.stamps, 1, 1, 1)
+        places = torch.zeros_like(colours[:, :1])
         leaves = [colours, places]
-        for place, area in enumerate(self.areas):
-            optimizer = Adam(leaves, self.learning_rate)
-            for _ in range(self.more_steps if place else self.steps):
-                for leaf in leaves:
-                    leaf.requires_grad_(True)
-                sums = [torch.zeros_like(leaf) for leaf in leaves]
-                for logits, own in bearers.under(places, colours, area):
-                    loss = -lead_of_others(logits, own).sum() / len(images)
-                    for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
-                        total += gradient
-                for leaf in leaves:
-                    leaf.requires_grad_(False)
-                optimizer.step(sums)
-            with torch.no_grad():
-                several = torch.cat([logits for logits, _ in bearers.under(places, colours, area)])
-                several = several.view(self.restarts, len(images), -1)
-                leads = torch.stack([lead_of_others(logits, labels).mean() for logits in several])
-                best = int(leads.argmax())
-                yield Stamp(area, _masks(places, area)[best], colours[best].sigmoid(), several[best])
+        optimizer = Adam(leaves, self.learning_rate)
+        for _ in range(self.steps):
+            for leaf in leaves:
+                leaf.requires_grad_(True)
+            sums = [torch.zeros_like(leaf) for leaf in leaves]
+            for leads, foreign in pairs.under(places, colours):
+                loss = -(leads * foreign).sum() / pairs.bearers
+                for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
+                    total += gradient
+            for leaf in leaves:
+                leaf.requires_grad_(False)
+            optimizer.step(sums)
+        with torch.no_grad():
+            leads = torch.cat([leads for leads, _ in pairs.under(places, colours)])
+        return Stamps(_masks(places, self.area), colours.sigmoid(), leads.view(-1, len(inputs.images)))
 
 
 @dataclass(frozen=True)
-class _Bearers:
-    """The images that bear the stamps, once per restart."""
+class _Pairs:
+    """Every target with every image, and the stamp that each pair goes by."""
 
     model: Classifier
     inputs: Inputs
+    targets: Labels | None
+    for_each: bool
+    area: float
     precision: Precision
     clock: Countdown
-    chunk: int
 
-    def under(self, places: Tensor, colours: Tensor, area: float) -> Iterator[tuple[Logits, Labels]]:
-        """Logits under the stamp of the first restart, then of the next; in parts that one pass holds."""
+    @property
+    def count(self) -> int:
+        return len(self.inputs.images) * (1 if self.targets is None else len(self.targets))
+
+    @property
+    def bearers(self) -> int:
+        """How many images bear each stamp."""
+        return 1 if self.for_each else len(self.inputs.images)
+
+    @property
+    def stamps(self) -> int:
+        return self.count // self.bearers
+
+    def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The lead of each pair, and whether the image's own class is another than the target; in parts that
+        one pass holds.
+        """
         images, labels = self.inputs
         low_precision = uses_bf16(self.model, self.precision)
-        for part in torch.arange(len(places) * len(images), device=images.device).split(self.chunk):
-            restart, image = part // len(images), part % len(images)
+        for part in torch.arange(self.count, device=images.device).split(chunk_size(self.model)):
             self.clock.passed(len(part))
+            image, stamp = part % len(images), part // self.bearers
             with autocast(images.device, low_precision):
-                clean, mask = images[image], _masks(places, area)[restart]
-                logits = self.model(clean + mask * (colours.sigmoid()[restart] - clean))
-            yield logits.float(), labels[image]
+                clean, mask = images[image], _masks(places[stamp], self.area)
+                logits = self.model(clean + mask * (colours[stamp].sigmoid() - clean)).float()
+            if self.targets is None:
+                yield lead_of_others(logits, labels[image]), torch.ones_like(logits[:, 0])
+            else:
+                targets = self.targets[part // len(images)]
+                yield lead_of(logits, targets), (targets != labels[image]).float()
 
 
 def _masks(places: Tensor, area: float) -> Tensor:
