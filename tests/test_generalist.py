@@ -186,7 +186,7 @@ def test_only_a_trojan_makes_one_stamp_as_good_as_many(evidence):
     assert towards["single"].max() > 0.85 > 0.7 > towards["benign"].max()
     assert readings["single"].favours().max() > 2 * readings["benign"].favours().max()
     assert int(readings["single"].targets[towards["single"].argmax()]) == TARGET
-    away = {name: several.untargeted_universality() for name, several in readings.items()}
+    away = {name: several.astray() for name, several in readings.items()}
     assert away["all"] > 1.5 * away["benign"] and away["single"] > 1.5 * away["benign"]
 
 
@@ -228,7 +228,7 @@ def test_readings_survive_json(evidence):
     again = Readings.read(json.loads(json.dumps(readings.record())))
     assert torch.equal(again.labels, readings.labels) and torch.equal(again.bearers, readings.bearers)
     assert torch.allclose(again.universality(), readings.universality(), rtol=1e-3)
-    assert again.untargeted_universality() == pytest.approx(readings.untargeted_universality(), rel=1e-3)
+    assert again.astray() == pytest.approx(readings.astray(), rel=1e-3)
 
 
 def readings_of(**fields: Tensor) -> Readings:
@@ -254,10 +254,12 @@ def readings_of(**fields: Tensor) -> Readings:
 def test_universality_is_known_and_free_of_scale():
     readings = readings_of()
     assert readings.universality().tolist() == pytest.approx([0.25, 0.25])
-    assert readings.untargeted_universality() == pytest.approx(0.25)
+    assert readings.astray() == pytest.approx(1)
     larger = {name: 7 * getattr(readings, name) for name in ("logits", "away_all", "towards_all")}
     assert readings_of(**larger).universality().tolist() == pytest.approx([0.25, 0.25])
-    assert readings_of(**larger).untargeted_universality() == pytest.approx(0.25)
+    assert readings_of(**larger).astray() == pytest.approx(1)
+    further = readings_of(away_all=torch.full((3,), -2.0))
+    assert further.astray() == pytest.approx(2)
     assert readings.favours().tolist() == [0, 0]
 
 
@@ -285,7 +287,7 @@ def test_a_margin_that_stands_out_counts_and_a_small_one_counts_against_a_class(
 
 def test_where_not_even_an_own_stamp_does_anything_nothing_is_divided_by_it():
     unmoved = readings_of(away_all=torch.full((3,), -4.0), away_each=torch.full((3,), -4.0))
-    assert unmoved.untargeted_universality() == 0
+    assert unmoved.astray() == 0
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -299,7 +301,7 @@ def test_unseen_models_are_told_apart(fitted):
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
     def scored(number: float) -> dict[str, Any]:
-        return readings_of(away_all=torch.full((3,), 4 * number - 4)).record()
+        return readings_of(away_all=torch.full((3,), number - 4)).record()
 
     scanner = Generalist(norms={AWAY: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0)

@@ -111,12 +111,12 @@ def test_effort_and_seed_choose_the_scanner():
     def made(**request: Any) -> Any:
         return make_scanner(Request(**request), device=torch.device("cpu"))
 
-    scanner = made(scanner="generalist", effort="deep", seed=7, timeout=60.0)
+    scanner = made(effort="deep", seed=7, timeout=60.0)
     assert isinstance(scanner, Generalist)
     assert (scanner.seed, scanner.budget, scanner.outlier.search) == (7, 60.0, EFFORTS["deep"].search)
-    assert made(effort="quick") == EFFORTS["quick"] and made() == EFFORTS["standard"]
-    assert made(scanner="activation-outlier", effort="deep") == EFFORTS["deep"]
-    assert isinstance(made(scanner="generalist", effort="quick"), Generalist)
+    assert made() == made(scanner="generalist") == Generalist.shipped()
+    named = {effort: made(scanner="activation-outlier", effort=effort) for effort in EFFORTS}
+    assert named == EFFORTS
 
 
 def test_a_reference_holds_the_sorted_scores_of_benign_models(victims, tmp_path):
@@ -126,7 +126,7 @@ def test_a_reference_holds_the_sorted_scores_of_benign_models(victims, tmp_path)
             model.network.head[-1].bias[0] += 4 * index
         save_classifier(model, tmp_path / str(index))
     reference = build_reference(Request(effort="quick", reference=tmp_path))
-    alone = EFFORTS["quick"].measure(small_victim()).score
+    alone = Generalist.shipped().measure(small_victim()).score
     assert len(reference.scores) == 2 and list(reference.scores) == sorted(reference.scores)
     assert min(abs(score - alone) for score in reference.scores) < 1e-3
 

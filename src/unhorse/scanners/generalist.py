@@ -24,7 +24,7 @@ CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
 TOWARDS = "how much better is one stamp for all towards one class than towards others?"
-AWAY = "how good is one stamp for all, away from the own class?"
+AWAY = "how much better is one stamp for all away from the own classes than towards a class?"
 CENTRE, RIM = 0.5, 0.975
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
@@ -36,19 +36,19 @@ class Generalist:
     """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
     How good is one small stamp for all stand-ins of clean images, measured by what each image's own stamp
-    does for it: towards one class, compared with the others (Readings.favours), and away from the images' own
-    class (Readings.untargeted_universality)? `norms` are the centre and the width of both numbers among
-    benign models of many groups; the score is the larger number so normed. `threshold` is the 95 % quantile
-    of those models' scores, and `corroborated` their 80 % quantile: it takes the place of the threshold where
-    a trigger was demonstrated, and so does the threshold of `outlier` for its score (docs/methods).
-    With a `reference` of benign models p-values of 0.05 and 0.2 decide instead. UNDECIDED: fewer than 3
-    classes, no stand-ins, or `budget` seconds are over.
+    does for it? The best class is compared with the median one (Readings.favours), and stamps that lead away
+    from the images' own classes, wherever that leads, are too (Readings.astray). `norms` are the centre and
+    the width of both numbers among benign models of many groups; the score is the larger number so normed.
+    `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
+    the place of the threshold where a trigger was demonstrated, and so does the threshold of `outlier` for
+    its score (docs/methods). With a `reference` of benign models p-values of 0.05 and 0.2 decide instead.
+    UNDECIDED: fewer than 3 classes, no stand-ins, or `budget` seconds are over.
     """
 
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.1, 0.1), AWAY: (0.24, 0.14)}
+        default_factory=lambda: {TOWARDS: (0.1, 0.15), AWAY: (0.65, 0.3)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -221,7 +221,7 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: float(readings.favours().max()), AWAY: readings.untargeted_universality()}
+    return {TOWARDS: float(readings.favours().max()), AWAY: readings.astray()}
 
 
 def _norm(numbers: Sequence[float]) -> tuple[float, float]:

@@ -17,7 +17,8 @@ NORMAL = 1.4826
 """Times their median is the standard deviation of normal numbers' distances."""
 LEAST_SPREAD = 0.15
 """Log margins spread at least so much."""
-FAR, MARGIN_COUNTS = 4.0, 0.1
+FAR, MARGIN_COUNTS = 4.0, 0.15
+LEAST_UNIVERSALITY = 0.05
 LEAST_RISE = 0.05
 """What a stamp of its own does for an image, at the least, as a share of the lead of its own class."""
 
@@ -59,11 +60,14 @@ class Readings(NamedTuple):
         far = (apart[self.targets] / spread / FAR).clamp(max=1)
         return universality - universality.median() + MARGIN_COUNTS * far
 
-    def untargeted_universality(self) -> float:
-        """The same of stamps that lead away from each image's own class, wherever that leads."""
+    def astray(self) -> float:
+        """The universality of stamps that lead away from each image's own class, wherever that leads, as a
+        multiple of that of the median target.
+        """
         before = lead_of_others(self.logits, self.labels)
         for_all, for_each = ((leads - before).double().mean() for leads in (self.away_all, self.away_each))
-        return float(for_all / for_each.clamp(min=self._least_rise))
+        universality = float(for_all / for_each.clamp(min=self._least_rise))
+        return universality / max(float(self.universality().median()), LEAST_UNIVERSALITY)
 
     def _rises(self, images: Labels, under: Float[Tensor, "t m"]) -> Float[Tensor, " t"]:
         logits, own = self.logits[images], self.labels[images]
