@@ -19,6 +19,7 @@ from unhorse.benchmark import fitting, model_scores
 from unhorse.benchmark.run import run_spec
 from unhorse.benchmark.scanners import METHODS, Method, make
 from unhorse.benchmark.scanning import ScanningSpec, Trial
+from unhorse.benchmark.scanning_trials import _evenly
 from unhorse.core import Classifier, ScanResult, Verdict
 from unhorse.metrics import auroc, evaluation
 from unhorse.models.classifier import load_classifier, read_card
@@ -119,7 +120,7 @@ FAMILY: dict[str, Marks] = {
         ("held-back", "blended"): [shift + 0.085],
         ("held-back", "placebo"): [shift],
     }
-    for name, shift, count in (("low", 0.0, 10), ("middle", 0.002, 10), ("high", 0.004, 9))
+    for name, shift, count in (("low", 0.0, 12), ("middle", 0.0021, 10), ("high", 0.0043, 10))
 }
 
 
@@ -535,7 +536,7 @@ def check_left_out(rows: list[dict], scores: dict, reference: dict[str, list[flo
         assert value(rows, metric="auroc", **one) == pytest.approx(wins / 2 / len(sides[1]))
     everywhere = {"split": "leave-one-out", "dataset": "all", "architecture": "all"}
     (fpr,) = of(rows, metric="fpr_at_fpr05", attack="benign", **everywhere)
-    assert fpr["n"] == 29 and fpr["value"] == pytest.approx(sum(flags["benign"]) / 29)
+    assert fpr["n"] == 32 and fpr["value"] == pytest.approx(sum(flags["benign"]) / 32)
     assert fpr["ci95"][0] <= fpr["value"] <= fpr["ci95"][1]
     caught = flags["patch"] + flags["blended"]
     assert value(rows, metric="tpr_at_fpr05", attack="all", **everywhere) == pytest.approx(sum(caught) / 9)
@@ -547,13 +548,19 @@ def test_scores_are_compared_with_benign_models_of_the_other_populations(place, 
     rows = run(place, LEFT_OUT + 'methods = [{ name = "marked", verdicts = false }]')
     groups = ("benign", "patch", "blended", "placebo")
     scores = {(name, group): marks(name, group) for name in FAMILY for group in groups}
-    reference = {name: sum((marks(other, "benign") for other in others_than(name)), []) for name in FAMILY}
+    reference = {
+        name: [mark for other in others_than(name) for mark in marks(other, "benign")[:10]] for name in FAMILY
+    }
     check_left_out(rows, scores, reference)
     shares = [value(rows, metric="fpr_at_fpr05", attack="benign", split=f"family-{name}") for name in FAMILY]
-    assert shares == [0.0, pytest.approx(0.1), 0.0]
-    assert "19 benign references give no fpr_at_fpr01" in capsys.readouterr().err
+    assert shares == [pytest.approx(1 / 6), 0.0, pytest.approx(0.1)]
+    assert "20 benign references give no fpr_at_fpr01" in capsys.readouterr().err
     assert not of(rows, metric="fpr_at_fpr01")
     assert {row["trained_on"] for row in rows} == {None}
+
+
+def test_no_large_population_outweighs_the_others_in_a_reference():
+    assert _evenly([[1.0, 2.0, 3.0], [4.0], [5.0, 6.0]]) == [1.0, 4.0, 5.0]
 
 
 def test_a_learned_method_is_fitted_and_calibrated_without_the_population_it_judges(place):
@@ -574,7 +581,7 @@ def test_a_learned_method_is_fitted_and_calibrated_without_the_population_it_jud
         name: [
             mark - mean(others_than(name, other))
             for other in others_than(name)
-            for mark in marks(other, "benign")
+            for mark in marks(other, "benign")[:10]
         ]
         for name in FAMILY
     }

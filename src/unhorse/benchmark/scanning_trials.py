@@ -149,7 +149,7 @@ class Trial:
     # --- leave one out --------------------------------------------------------------------------------------
 
     def _left_out(self) -> Finding:
-        """The first party's scores, and benign scores of the others.
+        """The first party's scores, and benign scores of the others, of each as many as of the smallest.
 
         Of a method that learns, each other party's benign models are scored by a fit that saw neither them
         nor the first party, as the first party is.
@@ -157,17 +157,18 @@ class Trial:
         party, *others = self.parties
         if not METHODS[self.method].learns:
             found = self._gathered(party)
-            calm = [self._gathered(other.benign_only()) for other in others]
-            return found._replace(reference=[score for finding in calm for score in finding.scores])
-        started, reference = time.monotonic(), []
+            return found._replace(
+                reference=_evenly([self._gathered(other.benign_only()).scores for other in others])
+            )
+        started, calm = time.monotonic(), []
         try:
             for other in others:
                 rest = [each for each in others if each is not other]
-                reference += self._fitted_on(rest).scores(other.benign_only().members)
+                calm.append(self._fitted_on(rest).scores(other.benign_only().members))
             scores = self._fitted_on(others).scores(party.members)
         except Refused as reason:
             return Finding(refused=str(reason))
-        return Finding(scores, time.monotonic() - started, reference=reference)
+        return Finding(scores, time.monotonic() - started, reference=_evenly(calm))
 
     def _fitted_on(self, parties: Sequence[Party]) -> FittedScanner:
         models = [member for party in parties for member in party.members]
@@ -180,6 +181,12 @@ def read_findings(outcome: Mapping[str, Any]) -> dict[str, Finding]:
     for label, finding in outcome["findings"].items():
         found[label] = Finding(**{**finding, "scores": [next(scores) for _ in range(finding["scores"])]})
     return found
+
+
+def _evenly(several: Sequence[Sequence[float]]) -> list[float]:
+    """The first of each list, as many as the shortest has, so that no large population outweighs others."""
+    least = min(len(scores) for scores in several)
+    return [score for scores in several for score in scores[:least]]
 
 
 def _scored(scanner: FittedScanner, party: Party, fitting: float) -> Finding:
