@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 from dataclasses import replace
 
@@ -328,6 +329,21 @@ def test_a_chunk_is_as_small_where_no_gradient_is_wanted():
         wanted = chunk_size(model)
         with torch.no_grad():
             assert chunk_size(model) == wanted < 2**20
+
+
+def test_the_size_of_a_chunk_is_told_without_keeping_what_the_probe_saved():
+    """A scan asks thousands of times; a graph that keeps itself alive would be 100 KB each time."""
+
+    def live_tensors() -> int:
+        gc.collect()
+        return sum(type(thing) is Tensor for thing in gc.get_objects())
+
+    model = small_victim()
+    chunk_size(model)
+    before = live_tensors()
+    for _ in range(3):
+        chunk_size(model)
+    assert live_tensors() <= before
 
 
 # --- precision ----------------------------------------------------------------------------------------------

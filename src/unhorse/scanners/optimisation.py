@@ -256,15 +256,16 @@ def uses_bf16(model: Classifier, precision: Precision = "auto") -> bool:
 
 def chunk_size(model: Classifier, budget: int = MEMORY_BUDGET) -> int:
     """How many images one backward pass may hold, from the bytes that one image's forward pass saves."""
-    seen: dict[int, int] = {}
+    seen: dict[int, Tensor] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        seen[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
-        return tensor
+        """Detached: a graph that holds its own output is never freed."""
+        return seen.setdefault(tensor.data_ptr(), tensor.detach())
 
     weights = {parameter.data_ptr() for parameter in model.parameters()}
     probe = start_image(model).requires_grad_(True)
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         model(probe)
-    per_image = sum(size for pointer, size in seen.items() if pointer not in weights)
+    saved = [tensor for pointer, tensor in seen.items() if pointer not in weights]
+    per_image = sum(tensor.numel() * tensor.element_size() for tensor in saved)
     return max(1, budget // max(1, per_image))

@@ -65,7 +65,8 @@ class StampSearch:
         """A stamp per target, or per target and image, for images with their classes; call it inside
         `frozen(model)`. TimeUp when the clock's budget is spent.
         """
-        pairs = _Pairs(model, inputs, targets, for_each, self.area, precision, clock or Countdown())
+        clock, at_once = clock or Countdown(), chunk_size(model)
+        pairs = _Pairs(model, inputs, targets, for_each, self.area, precision, clock, at_once)
         rng = torch.Generator().manual_seed(self.seed)
         shape = inputs.images.shape[1:]
         colours = (DEVIATION * torch.randn(1, *shape, generator=rng)).to(inputs.images)
@@ -100,6 +101,7 @@ class _Pairs:
     area: float
     precision: Precision
     clock: Countdown
+    at_once: int
 
     @property
     def count(self) -> int:
@@ -120,7 +122,7 @@ class _Pairs:
         """
         images, labels = self.inputs
         low_precision = uses_bf16(self.model, self.precision)
-        for part in torch.arange(self.count, device=images.device).split(chunk_size(self.model)):
+        for part in torch.arange(self.count, device=images.device).split(self.at_once):
             self.clock.passed(len(part))
             image, stamp = part % len(images), part // self.bearers
             with autocast(images.device, low_precision):
