@@ -150,7 +150,8 @@ def _measured_rate() -> str:
     if not ROWS.exists():
         return "measured rate: see benchmarks/README.md in the repository"
     rows = [json.loads(line) for line in ROWS.read_text(encoding="utf-8").splitlines()]
-    deep = [row for row in rows if row["options"].get("effort") == "deep" and row["seed"] == 0]
+    rows = [row for row in rows if row["method"] == "default-scan" and row["seed"] == 0]
+    deep = [row for row in rows if row["options"].get("effort") == "deep"]
     newest = {row["attack"]: row for row in deep if row["metric"] == "finding_rate"}
     parts = []
     for attack, row in sorted(newest.items()):

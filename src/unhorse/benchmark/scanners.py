@@ -102,6 +102,12 @@ def _generalist(**options: Any) -> Any:
     return Generalist(**options)
 
 
+def _default_scan(effort: str = "standard", seed: int = 0) -> Any:
+    from unhorse.scanners.named import named_scanner
+
+    return named_scanner(None, effort, seed=seed)
+
+
 def _weight_statistics(**options: Any) -> Any:
     from unhorse.scanners.weight_statistics import WeightStatistics
 
@@ -109,6 +115,7 @@ def _weight_statistics(**options: Any) -> Any:
 
 
 METHODS: dict[str, Method] = {
+    "default-scan": Method("nothing", _default_scan),
     "activation-outlier": Method("nothing", _activation_outlier),
     **{
         name: Method("nothing", partial(replace, scanner), needs_images=True)
