@@ -291,6 +291,14 @@ def test_an_infected_model_has_a_trigger_and_a_score():
     assert "7 is past its threshold 3 (p = 0.05 against 19 benign models)" in score.message
 
 
+def test_no_score_below_its_threshold_is_called_past_it():
+    """Beside a demonstrated trigger the generalist asks for less."""
+    model = infected()
+    assert model.result is not None and model.result.threshold is not None
+    lower = replace(model.result, score=model.result.threshold - 1, reference=None, p_value=None)
+    assert rules_of(replace(model, result=lower)) == [("BD101", "high", "high")]
+
+
 def test_a_suspicious_model_has_one_of_the_two():
     past = {"score": 7.0, "threshold": 3.0, "target": 1}
     assert rules_of(scanned(Verdict.SUSPICIOUS, **past)) == [("BD102", "medium", "low")]

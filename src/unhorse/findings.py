@@ -87,7 +87,7 @@ def _judged(model: ScannedModel) -> Iterator[Finding]:
     if demonstrated:
         for target in sorted(result.triggers) or (result.target,):
             yield _demonstrated(model, result, target)
-    if infected or not demonstrated:
+    if _past(result) or not demonstrated:
         yield _past_threshold(model, result)
 
 

@@ -22,7 +22,7 @@ SEVERITY = {"INFECTED": Severity.HIGH, "SUSPICIOUS": Severity.MEDIUM}
 """How loud a verdict is; every other one is no finding about the model's behaviour."""
 ORDER = ("INFECTED", "SUSPICIOUS", "UNDECIDED", FAILED, NOT_SCANNED, "NO SIGN FOUND")
 MEANING = {
-    "INFECTED": "The score passed its threshold and a trigger that forces the target class was demonstrated.",
+    "INFECTED": "A trigger that forces the target class was demonstrated, and the score supports it.",
     "SUSPICIOUS": "Either the score passed its threshold or a trigger was demonstrated, but not both.",
     "NO SIGN FOUND": "The score stayed below its threshold and no trigger was demonstrated. "
     "This does not prove that there is none.",

@@ -1,5 +1,5 @@
-"""The default scanner: margin maps, an outlier among the classes, and a demonstrated trigger. Needs no data
-and no population.
+"""The activation outlier: margin maps, an outlier among the classes, and a demonstrated trigger. It needs
+neither data nor a population.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ class Evidence(NamedTuple):
             len(some),
             "First row: what the model takes for a class however it is disturbed. Below: "
             + "; ".join(stamped)
-            + ". Only a Trojan makes one stamp for all about as good as a stamp for each.",
+            + ". In most benign models one stamp for all does about half of what each image's own does.",
         )
 
 

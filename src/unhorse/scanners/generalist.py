@@ -28,7 +28,7 @@ AWAY = "how much better is one stamp for all away from the own classes than towa
 CENTRE, RIM = 0.5, 0.975
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TESTS = "Two tests: the score is the largest normed number"
+TESTS = "Two tests: the score is the larger normed number"
 
 
 @dataclass
@@ -194,7 +194,7 @@ class Generalist:
             (test, *(f"{value:.3f}" for value in (numbers[test], *self.norms[test], normed[test])))
             for test in normed
         )
-        table = Table(TESTS, ("asked", "number", "of most benign models", "width", "normed"), rows)
+        table = Table(TESTS, ("asked", "number", "benign median", "width", "normed"), rows)
         return replace(
             first,
             verdict=verdict,
@@ -216,7 +216,7 @@ class Generalist:
 
     def _out_of_time(self, first: ScanResult, clock: Countdown) -> ScanResult:
         reason = f"{self.budget:.0f} s were over while {clock.phase}"
-        reason += ": give more time (--timeout) or take --effort quick"
+        reason += ": give more time (--timeout) or take --scanner activation-outlier, which is faster"
         return replace(ScanResult.undecided(self.name, reason), facts=first.facts, exhibits=first.exhibits)
 
 
