@@ -86,6 +86,20 @@ def test_recovery_accuracy_counts_all_images_that_keep_their_label(model, data):
     assert recovery_accuracy(model, data, Stamp(), rng=rng()) == 0.5
 
 
+@pytest.mark.parametrize("batch_size", [3, 9, 1024])
+def test_no_image_is_measured_alone_where_its_trigger_needs_another(model, data, batch_size):
+    class Crossed(Stamp):
+        def probes(self):
+            return {"cross": self.crossed}
+
+        def crossed(self, images, rng):
+            assert len(images) > 1
+            return images.clone()
+
+    found = recovery_accuracy(model, data, Crossed(), rng=rng(), probe="cross", batch_size=batch_size)
+    assert found == accuracy(model, data)
+
+
 def test_evaluation_gives_each_module_its_mode_back(model, data):
     model.train()
     model.network.eval()

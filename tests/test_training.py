@@ -190,8 +190,9 @@ def test_a_flip_mirrors_about_half_of_the_images():
     assert 70 < mirrored.sum() < 130
 
 
-def test_the_rotation_agrees_with_a_loop_over_images():
-    images = torch.rand(12, 2, 9, 9, generator=seeded())
+@pytest.mark.parametrize("size", [(9, 9), (6, 15)])
+def test_the_rotation_agrees_with_a_loop_over_images(size):
+    images = torch.rand(12, 2, *size, generator=seeded())
     degrees = (torch.rand(12, generator=seeded(1)) * 2 - 1) * 25  # the draw that the fast one makes
     slow = [
         ndimage.rotate(picture.numpy(), angle, axes=(1, 2), reshape=False, order=1, mode="grid-constant")

@@ -123,6 +123,8 @@ def _agreement(
         raise ValueError(f"data set {data.name!r} has no images: nothing to measure")
     if device is None and isinstance(model, nn.Module):
         device = next((parameter.device for parameter in model.parameters()), None)
+    while len(data) > 1 and len(data) % batch_size == 1:  # a lone last image has no other
+        batch_size += 1
     hits = torch.zeros((), dtype=torch.long, device=device)
     with evaluation(model):
         for images, labels in data.batches(batch_size, device):

@@ -58,8 +58,10 @@ class Augmentation:
 
 
 def _rotated(images: Images, angles: Tensor) -> Images:
+    aspect = images.shape[3] / images.shape[2]  # the grid's units are half a width and half a height
     cosine, sine, zero = angles.cos(), angles.sin(), torch.zeros_like(angles)
-    matrix = torch.stack([cosine, -sine, zero, sine, cosine, zero], 1).view(-1, 2, 3).to(images)
+    rows = [cosine, -sine / aspect, zero, sine * aspect, cosine, zero]
+    matrix = torch.stack(rows, 1).view(-1, 2, 3).to(images)
     grid = functional.affine_grid(matrix, list(images.shape), align_corners=False)
     return functional.grid_sample(images, grid, align_corners=False)
 
