@@ -17,7 +17,7 @@ from unhorse.scanners import stamps
 from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
-from unhorse.scanners.footprints import FootprintSearch
+from unhorse.scanners.footprints import FootprintSearch, Inputs
 from unhorse.scanners.generalist import AWAY, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import (
@@ -195,6 +195,26 @@ def test_the_classes_of_the_largest_margins_are_targets(models):
     found = search.run(models["benign"], torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 0.0]))
     assert found.targets.tolist() == [1, 3] and found.towards[0].leads.shape == (2, 6)
     assert found.towards[1].leads.shape == (2, 3)
+
+
+def test_of_several_starts_the_best_one_counts_for_the_classes_of_the_largest_margins(models):
+    model, margins = models["single"], torch.tensor([5.0, 1.0, 3.0, 4.0, 0.0, 2.0])
+    once = replace(HASTY, starts=1).run(model, margins)
+    found = replace(HASTY, starts=4, restarted=2).run(model, margins)
+    (images, labels), bearers, targets = found.stand_ins.inputs, found.bearers, found.targets
+    assert targets.tolist() == [0, 3, 2, 5, 1, 4]
+    with frozen(model):
+        inputs = Inputs(images[bearers], labels[bearers])
+        each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[:2]) for seed in range(4)]
+    for place, target in enumerate(targets[:2]):
+        foreign = labels[bearers] != target
+        best = max(each, key=lambda stamps: float(stamps.leads[place][foreign].mean()))
+        assert torch.allclose(found.towards[0].leads[place], best.leads[place])
+        assert torch.allclose(found.towards[0].masks[place], best.masks[place])
+        assert torch.allclose(found.towards[0].patterns[place], best.patterns[place])
+    assert not torch.allclose(found.towards[0].leads[:2], once.towards[0].leads[:2])
+    assert torch.equal(found.towards[0].leads[2:], once.towards[0].leads[2:])
+    assert torch.equal(found.towards[1].leads, once.towards[1].leads)
 
 
 def test_parts_of_a_pass_change_nothing(models, monkeypatch):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from unhorse.core import Classifier, Images, Labels
@@ -33,6 +33,23 @@ class Stamps(NamedTuple):
     def on(self, images: Images, stamp: int | Tensor) -> Images:
         """Images under one of the patches, or each under one."""
         return images + self.masks[stamp] * (self.patterns[stamp] - images)
+
+    def improved(self, others: Stamps, counted: Bool[Tensor, "t n"]) -> Stamps:
+        """With `others`, stamps for all images towards the first of these targets, where these lead further,
+        on average over the images that are `counted`.
+        """
+        count = len(others.leads)
+
+        def mean(leads: Tensor) -> Tensor:
+            return (leads[:count] * counted[:count]).sum(1) / counted[:count].sum(1).clamp(min=1)
+
+        better = mean(others.leads) > mean(self.leads)
+
+        def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
+            first = torch.where(better.view(-1, *[1] * (mine.dim() - 1)), theirs, mine[:count])
+            return torch.cat([first, mine[count:]])
+
+        return Stamps(*(chosen(mine, theirs) for mine, theirs in zip(self, others, strict=True)))
 
 
 @dataclass(frozen=True)
