@@ -27,7 +27,9 @@ from unhorse.scanners.generalist import CARD, Generalist
 SPEC = Path(__file__).parent / "specs" / "ours-default-scan.toml"
 FAILS_ON = (
     "what was measured is in benchmarks/README.md, table ours-default-scan; nothing larger than 10 MMAC, no "
-    "image above 32x32, no transformer and no WaNet or Input-Aware Trojan was fitted on"
+    "image above 32x32, no transformer and no WaNet or Input-Aware Trojan was fitted on; of two groups that "
+    "nobody had looked at (ours-fresh-groups) it flagged 80 % of GTSRB's benign small CNNs, and 7 % of "
+    "CIFAR-10's infected ones"
 )
 
 
