@@ -123,7 +123,7 @@ def train(
     if attack is not None:
         attack.prepare(model, data, rng)
     low_precision = bf16_pays(model, device) if recipe.precision == "auto" else recipe.precision == "bf16"
-    model.to(memory_format=torch.channels_last if low_precision else torch.contiguous_format)  # type: ignore[call-overload]
+    model.to(memory_format=layout_of(model, device, low_precision))  # type: ignore[call-overload]
     steps = math.ceil(len(data) / recipe.batch_size)
     optimizer = optimizer_of(model.network, recipe)
     optimizers = [optimizer, *(attack.optimizers() if attack is not None else [])]
@@ -244,6 +244,18 @@ def bf16_pays(model: nn.Module, device: torch.device) -> bool:
     """
     if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return False
+    return _is_large(model)
+
+
+def layout_of(model: nn.Module, device: torch.device, low_precision: bool) -> torch.memory_format:
+    """channels_last for bf16, and for fp32 on a CPU where the network is large enough (measured: WaNet's MNIST
+    CNN and a small colour CNN train 1.35 and 1.19 times as fast).
+    """
+    pays = low_precision or (device.type == "cpu" and _is_large(model))
+    return torch.channels_last if pays else torch.contiguous_format
+
+
+def _is_large(model: nn.Module) -> bool:
     return sum(parameter.numel() for parameter in model.parameters()) > 50_000
 
 
