@@ -176,10 +176,10 @@ def test_a_model_that_cannot_be_judged_is_an_error_and_not_left_out(copy):
 
 
 def test_tables_are_rendered_from_the_rows(place):
-    render_to(place / "README.md")
-    text = (place / "README.md").read_text()
-    assert "ours-tiny" in text and "activation-outlier" in text and "signature-set" in text
-    assert "No rows yet" not in text
+    render_to(place)
+    assert "[ours-tiny](tables/ours-tiny.md)" in (place / "README.md").read_text()
+    text = (place / "tables" / "ours-tiny.md").read_text()
+    assert "activation-outlier" in text and "signature-set" in text
 
 
 def test_a_spec_with_a_mistake_is_refused():

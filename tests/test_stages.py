@@ -20,6 +20,7 @@ def made(architecture: str, shape: tuple[int, int, int]) -> Classifier:
     [
         ("small-cnn", (1, 28, 28), ("network.features.4", 32, 14, 14)),
         ("wanet-cnn", (1, 28, 28), ("network.features", 64, 4, 4)),
+        ("wanet-cnn", (3, 32, 32), ("network.features", 64, 4, 4)),
         ("preact-resnet18", (3, 32, 32), ("network.layer4", 512, 4, 4)),
         ("resnet18", (3, 64, 64), ("network.layer4", 512, 2, 2)),
     ],

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from unhorse.benchmark.tables import Row, append_rows, read_published, read_rows, render, render_to
+from unhorse.benchmark import tables
+from unhorse.benchmark.tables import Row, append_rows, read_published, read_rows, render_to
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = ROOT / "benchmarks" / "published"
@@ -34,6 +35,10 @@ def row(**changes):
         "seconds": 1.5,
     }
     return Row(**(values | changes))
+
+
+def render(results, published):
+    return "\n".join(tables.render(results, published).values())
 
 
 @pytest.fixture
@@ -186,7 +191,7 @@ def test_published_cells_that_we_lack_are_shown_for_our_data_sets_only(results):
 
 
 def test_tables_without_rows_are_not_rendered(results):
-    assert re.findall("^## (.*)$", render(results(row()), PUBLISHED), re.MULTILINE) == ["do2022-table2"]
+    assert re.findall("^# (.*)$", render(results(row()), PUBLISHED), re.MULTILINE) == ["do2022-table2"]
 
 
 def test_numbers_of_uncommitted_code_are_marked(results):
@@ -208,16 +213,41 @@ def test_lines_are_ordered_by_the_value_of_an_option(results):
     assert re.findall(r"epochs=(\d+)", markdown) == ["5", "20", "100"]
 
 
-def test_a_page_is_rendered_from_the_folders_beside_it(results, tmp_path):
-    results(row())
-    (tmp_path / "published").mkdir()
-    render_to(tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == render(tmp_path / "results", tmp_path / "published")
+def test_a_folder_gets_a_page_per_table_and_a_list_that_says_what_each_is(results, tmp_path):
+    results(row(), row(table="ours-cost"))
+    for name, text in {
+        "published/none.csv": None,
+        "specs/t2.toml": '# Table 2: a thing.\n# More.\ntable = "do2022-table2"\n',
+        "speed/cost.py": '"""What it costs."""\nrows = {"table": "ours-cost"}\n',
+        "tables/gone.md": "of a table that has no rows any more",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        if text is not None:
+            (tmp_path / name).write_text(text)
+    render_to(tmp_path)
+    pages = tables.render(tmp_path / "results", tmp_path / "published")
+    assert {path.stem: path.read_text() for path in (tmp_path / "tables").iterdir()} == pages
+    contents = (tmp_path / "README.md").read_text()
+    assert (
+        "| [do2022-table2](tables/do2022-table2.md) | Table 2: a thing. | [t2.toml](specs/t2.toml) |"
+        in contents
+    )
+    assert "| [ours-cost](tables/ours-cost.md) | What it costs. | [cost.py](speed/cost.py) |" in contents
 
 
-def test_the_committed_page_is_the_rendered_one():
-    page = (ROOT / "benchmarks" / "README.md").read_text()
-    assert page == render(ROOT / "benchmarks" / "results", PUBLISHED)
+def test_a_folder_without_rows_says_so(tmp_path):
+    render_to(tmp_path)
+    assert "No rows yet." in (tmp_path / "README.md").read_text()
+
+
+def test_the_committed_pages_are_the_rendered_ones(tmp_path):
+    for name in ("results", "published", "specs", "speed"):
+        (tmp_path / name).symlink_to(ROOT / "benchmarks" / name)
+    render_to(tmp_path)
+    for path in [tmp_path / "README.md", *(tmp_path / "tables").iterdir()]:
+        committed = ROOT / "benchmarks" / path.relative_to(tmp_path)
+        assert path.read_text() == committed.read_text(), path.name
+    assert len(list((ROOT / "benchmarks" / "tables").iterdir())) == len(list((tmp_path / "tables").iterdir()))
 
 
 # --- rendering: defences against the five attacks -----------------------------------------------------------
@@ -271,10 +301,10 @@ def test_a_table_of_filters_is_a_matrix_of_methods_and_attacks(results, tmp_path
     # (4, 5, 2): 3.67 ± 4.3027 * 1.5275 / sqrt(3) = 3.79. Per seed over attacks: 2, 3 and 4, so
     # 3 ± 4.3027 / sqrt(3) = 2.48. Published: (2.36 + 0.04 + 0.11 + 1.25 + 0.48) / 5 = 0.848.
     markdown = render(five_attacks(results), published_for(tmp_path, {"vif", "nad"}))
-    assert markdown[markdown.index("## ") :] == EXPECTED
+    assert markdown.removesuffix(tables.LEGEND) == EXPECTED
 
 
-EXPECTED = """## do2022-table2
+EXPECTED = """# do2022-table2
 
 **clean_drop**: clean accuracy of the undefended classifier minus that of the defended one
 

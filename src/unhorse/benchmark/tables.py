@@ -4,8 +4,10 @@ matrices, everything else has a line per number.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,39 +34,76 @@ __all__ = ["Published", "Row", "append_rows", "read_published", "read_rows", "re
 PREAMBLE = """# Results
 
 Rendered from `results/*.jsonl` and `published/*.csv` by `unhorse benchmark --render`; edits here are lost.
+
+"""
+LEGEND = """
 Rates are in %, their differences in percentage points. ± is the 95 % t interval over seeds; a number measured
 with one seed has the 95 % interval over its n items in brackets. † marks numbers from uncommitted code.
 """
 
 
-def render_to(path: Path) -> None:
-    """Writes `path`, such as benchmarks/README.md, from the folders results and published beside it."""
+def render_to(folder: Path) -> None:
+    """Writes README.md, a list of the tables, and tables/<name>.md, from `results` and `published` in the
+    same folder; what the list says of a table is the first line of the spec or speed script that names it.
+    """
+    pages = render(folder / "results", folder / "published")
+    (folder / "tables").mkdir(exist_ok=True)
+    for name, text in pages.items():
+        _put(folder / "tables" / f"{name}.md", text)
+    for path in (folder / "tables").glob("*.md"):
+        if path.stem not in pages:
+            path.unlink()
+    _put(folder / "README.md", _contents(list(pages), folder))
+
+
+def _put(path: Path, text: str) -> None:
     scratch = path.with_suffix(".partial")
-    scratch.write_text(render(path.parent / "results", path.parent / "published"), encoding="utf-8")
+    scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 
-def render(results: Path, published: Path) -> str:
-    """Markdown with one section per table that has rows in `results`, published numbers beside ours."""
+def render(results: Path, published: Path) -> dict[str, str]:
+    """A page of Markdown per table that has rows in `results`, published numbers beside ours."""
     rows = [row for path in sorted(results.glob("*.jsonl")) for row in read_rows(path)]
     references = [cell for path in sorted(published.glob("*.csv")) for cell in read_published(path)]
-    tables = sorted({row.table for row in rows})
-    sections = [
-        _section(
+    return {
+        name: _page(
             name,
             [row for row in rows if row.table == name],
             [cell for cell in references if cell.table == name],
         )
-        for name in tables
-    ]
-    return "\n".join([PREAMBLE, *(sections or ["No rows yet.\n"])])
+        for name in sorted({row.table for row in rows})
+    }
 
 
-def _section(name: str, rows: Sequence[Row], published: Sequence[Published]) -> str:
+def _contents(names: Sequence[str], folder: Path) -> str:
+    if not names:
+        return f"{PREAMBLE}No rows yet.\n"
+    sources = [*sorted((folder / "specs").glob("*.toml")), *sorted((folder / "speed").glob("*.py"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in sources}
+    lines = ["| table | what it shows | measured by |", "| --- | --- | --- |"]
+    for name in names:
+        makers = {path: text for path, text in texts.items() if re.search(rf'table"? ?[=:] "{name}"', text)}
+        said = min(map(_opening, makers.values()), key=len, default="")
+        links = [f"[{path.name}]({path.relative_to(folder).as_posix()})" for path in makers]
+        lines.append(f"| [{name}](tables/{name}.md) | {said} | {', '.join(links)} |")
+    return PREAMBLE + "\n".join(lines) + "\n" + LEGEND
+
+
+def _opening(text: str) -> str:
+    """The first sentence of the comment or docstring that opens a file."""
+    lines = text.removeprefix('"""').splitlines()
+    if not text.startswith("#"):
+        return lines[0].removesuffix('"""')
+    comment = " ".join(line[2:] for line in takewhile(lambda line: line.startswith("# "), lines))
+    return re.split(r"(?<=\.) (?=[A-Z])", comment)[0]
+
+
+def _page(name: str, rows: Sequence[Row], published: Sequence[Published]) -> str:
     """One table: our cells, and published ones that we lack on the data sets that we have."""
     form = matrix if is_matrix(rows) else _long
     body, columns = form(rows, published)
-    return f"## {name}\n\n{body}\n\n{_caption(rows, published, columns)}\n"
+    return f"# {name}\n\n{body}\n\n{_caption(rows, published, columns)}\n{LEGEND}"
 
 
 def _caption(rows: Sequence[Row], published: Sequence[Published], columns: Sequence[str]) -> str:

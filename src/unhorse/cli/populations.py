@@ -109,6 +109,6 @@ def benchmark(
             run_spec(spec, work, results / "results", victims=victims, workers=workers)
     elif not render:
         raise ValueError("no spec given: name one of benchmarks/specs, or pass --render")
-    render_to(results / "README.md")
+    render_to(results)
     print(results / "README.md")
     return 0

@@ -226,7 +226,7 @@ _RESNET = _Signs("conv1.weight", "fc.weight", _resnet_side, _resnet_options, _CI
 _SIGNS: dict[str, _Signs] = {
     "small-cnn": _Signs("features.0.weight", "head.3.weight", _small_cnn_side, _small_cnn_options),
     "input-aware-cnn": _Signs("features.0.weight", "head.4.weight", _fixed(28), renames=_INPUT_AWARE_NAMES),
-    "wanet-cnn": _Signs("features.0.weight", "head.4.weight", _fixed(28), renames=_WANET_NAMES),
+    "wanet-cnn": _Signs("features.0.weight", "head.4.weight", _assumed(28), renames=_WANET_NAMES),
     "ulp-vgg": _Signs("features.0.weight", "head.9.weight", _fixed(32), _ulp_options, _ULP_NAMES),
     "small-resnet": _Signs("features.0.weight", "head.2.weight", _assumed(32), _small_resnet_options),
     "ulp-resnet18": _Signs("conv1.weight", "fc.weight", _assumed(64)),

@@ -30,7 +30,7 @@ def small_cnn(
 
 def input_aware_cnn(num_classes: int, image_shape: ImageShape) -> nn.Module:
     """The MNIST classifier of Input-Aware Dynamic Backdoor Attack (Nguyen and Tran, NeurIPS 2020)."""
-    channels = _channels_of(image_shape, "input-aware-cnn", side=28)
+    channels = _channels_of(image_shape, "input-aware-cnn", sides=(28,))
     features: list[nn.Module] = []
     for wide_in, wide_out in ((channels, 32), (32, 64)):
         features += [nn.Conv2d(wide_in, wide_out, 5), nn.ReLU(), nn.Dropout(0.1), nn.MaxPool2d(2)]
@@ -39,8 +39,11 @@ def input_aware_cnn(num_classes: int, image_shape: ImageShape) -> nn.Module:
 
 
 def wanet_cnn(num_classes: int, image_shape: ImageShape) -> nn.Module:
-    """The MNIST classifier of WaNet (Nguyen and Tran, ICLR 2021): strided convolutions instead of pooling."""
-    channels = _channels_of(image_shape, "wanet-cnn", side=28)
+    """The MNIST classifier of WaNet (Nguyen and Tran, ICLR 2021): strided convolutions instead of pooling.
+
+    Images of 28x28, or of 32x32, where the last convolution gives 4x4 maps as well.
+    """
+    channels = _channels_of(image_shape, "wanet-cnn", sides=(28, 32))
     features: list[nn.Module] = [nn.Conv2d(channels, 32, 3, stride=2, padding=1), nn.ReLU()]
     for width in (32, 64):
         features += [
@@ -57,7 +60,7 @@ def ulp_vgg(num_classes: int, image_shape: ImageShape, *, width: int = 64) -> nn
 
     The published networks take pixels in 0..255: give the classifier mean 0 and std 1/255.
     """
-    channels = _channels_of(image_shape, "ulp-vgg", side=32)
+    channels = _channels_of(image_shape, "ulp-vgg", sides=(32,))
     features: list[nn.Module] = []
     for index in range(6):
         wide_in = width if index else channels
@@ -75,10 +78,9 @@ def _classifier(features: Sequence[nn.Module], head: Sequence[nn.Module]) -> nn.
     return nn.Sequential(OrderedDict[str, nn.Module](parts))
 
 
-def _channels_of(image_shape: ImageShape, name: str, *, side: int) -> int:
+def _channels_of(image_shape: ImageShape, name: str, *, sides: Sequence[int]) -> int:
     channels, height, width = image_shape
-    if (height, width) != (side, side):
-        raise ValueError(
-            f"{name} takes {side}x{side} images, got {height}x{width}: resize them or take small-cnn"
-        )
+    if height != width or height not in sides:
+        taken = " or ".join(f"{side}x{side}" for side in sides)
+        raise ValueError(f"{name} takes {taken} images, got {height}x{width}: resize them or take small-cnn")
     return channels
