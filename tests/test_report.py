@@ -299,6 +299,13 @@ def test_no_score_below_its_threshold_is_called_past_it():
     assert rules_of(replace(model, result=lower)) == [("BD101", "high", "high")]
 
 
+def test_a_score_without_a_reference_is_held_less_surely():
+    model = infected()
+    assert model.result is not None
+    alone = replace(model.result, reference=None, p_value=None)
+    assert rules_of(replace(model, result=alone)) == [("BD101", "high", "high"), ("BD102", "high", "medium")]
+
+
 def test_a_suspicious_model_has_one_of_the_two():
     past = {"score": 7.0, "threshold": 3.0, "target": 1}
     assert rules_of(scanned(Verdict.SUSPICIOUS, **past)) == [("BD102", "medium", "low")]

@@ -114,10 +114,9 @@ def _past_threshold(model: ScannedModel, result: ScanResult) -> Finding:
     message = (
         f"The score {number(result.score)} is past its threshold {number(result.threshold)} ({against})."
     )
-    if model.verdict == "INFECTED":
-        confidence = Confidence.HIGH
-    else:
-        confidence = Confidence.LOW if result.reference is None else Confidence.MEDIUM
+    # a shipped threshold may fit no network like this one: benign models of its own kind make a score mean more
+    grades = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
+    confidence = grades[(model.verdict == "INFECTED") + (result.reference is not None)]
     where = "" if result.target is None else f"class {result.target}"
     path = quoted(model.path)
     if result.scanner == "neural-cleanse":
