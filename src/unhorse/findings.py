@@ -114,7 +114,7 @@ def _past_threshold(model: ScannedModel, result: ScanResult) -> Finding:
     message = (
         f"The score {number(result.score)} is past its threshold {number(result.threshold)} ({against})."
     )
-    # a shipped threshold may fit no network like this one: benign models of its own kind make a score mean more
+    # a shipped threshold may fit no network like this one; benign models of its kind make a score mean more
     grades = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
     confidence = grades[(model.verdict == "INFECTED") + (result.reference is not None)]
     where = "" if result.target is None else f"class {result.target}"
