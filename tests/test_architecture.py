@@ -118,16 +118,30 @@ print(sorted(asked | ({FOREIGN!r} & set(sys.modules))))
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
 
 
-def test_help_answers_in_under_a_third_of_a_second():
-    command = [sys.executable, "-m", "unhorse.cli", "--help"]
-    seconds: list[float] = []
-    while len(seconds) < 10 and min(seconds, default=1.0) >= 0.3:  # a busy machine is given a few tries
+def test_help_takes_hardly_longer_than_the_libraries_that_print_it():
+    """On an idle machine of 2023 that is 0.2 s; torch alone would add more than one."""
+
+    def seconds(*arguments: str) -> float:
         started = time.perf_counter()
-        done = subprocess.run(command, capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
-        assert done.returncode == 0, done.stderr
-        assert "scan" in done.stdout
-    assert min(seconds) < 0.3, seconds
+        subprocess.run([sys.executable, *arguments], capture_output=True, check=True)
+        return time.perf_counter() - started
+
+    # a busy machine is given a few tries
+    pairs = [
+        (
+            seconds("-m", "unhorse.cli", "--help"),
+            seconds("-c", "import cyclopts.help, rich.markdown, rich.table"),
+        )
+        for _ in range(6)
+    ]
+    ours, theirs = (min(each) for each in zip(*pairs, strict=True))
+    assert ours < 2 * theirs, pairs
+
+
+def test_help_names_the_commands():
+    done = subprocess.run([sys.executable, "-m", "unhorse.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "scan" in done.stdout
 
 
 def test_help_does_not_import_torch():

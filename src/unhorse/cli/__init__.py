@@ -23,7 +23,7 @@ app = App(
     help="Find Trojans (backdoors) in image classifiers, guard or repair those you must run. Exit codes: 0 "
     "nothing at or above --fail-on, 1 finding, 2 failed, incomplete or undecided, 3 nothing scannable, 4 "
     "usage, 130 interrupted.",
-    help_format="markdown",
+    help_format="plaintext",
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,  # run() says what an interruption leaves
 )
