@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tomllib
+from importlib import metadata
 from pathlib import Path
 from typing import get_args
 
@@ -17,6 +18,7 @@ from conftest import TARGET, small_victim
 from unhorse.cli import app, run
 from unhorse.cli.populations import AttackName
 from unhorse.models.classifier import save_classifier
+from unhorse.sandbox.confinement import Tier
 from unhorse.victims import MADE, load_victim
 
 SCAN = ("scan", "--effort", "quick")
@@ -269,6 +271,20 @@ def test_doctor_names_the_versions(capsys):
     assert run(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in out and "threads: " in out
+
+
+def test_doctor_says_how_files_are_confined_and_which_extras_are_there(tmp_path, monkeypatch, capsys):
+    def version(library, known=metadata.version):
+        if library == "keras":
+            raise metadata.PackageNotFoundError(library)
+        return known(library)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert run(["doctor", "--json", str(tmp_path / "here.json")]) == 0
+    found = json.loads((tmp_path / "here.json").read_text())
+    assert found["sandbox"] in list(Tier) and f"sandbox: {found['sandbox']}" in capsys.readouterr().out
+    assert found["extra keras"] == "lacks keras; for Keras files: pip install 'unhorse[keras]'"
+    assert found["extra onnx"].startswith(f"onnx {version('onnx')}, onnxruntime ")
 
 
 def test_help_lists_the_commands(capsys):

@@ -9,6 +9,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
+from unhorse.cli.diagnosing import doctor
 from unhorse.cli.explaining import explain
 from unhorse.cli.guarding import guard_app
 from unhorse.cli.inspecting import convert, inspect
@@ -38,6 +39,7 @@ for command in (
     zoo_app,
     simulate,
     benchmark,
+    doctor,
 ):
     app.command(command)
 
@@ -52,16 +54,6 @@ def demo(
     from unhorse.demo import run_demo
 
     return run_demo(output, seed=seed, command=command_line())
-
-
-@app.command
-def doctor() -> int:
-    """Say what this installation has: versions, devices, threads, extras."""
-    from unhorse.survey import environment
-
-    for name, value in environment("auto").items():
-        print(f"{name}: {value}")
-    return 0
 
 
 def run(arguments: Sequence[str] | None = None) -> int:
