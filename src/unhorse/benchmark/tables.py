@@ -44,7 +44,7 @@ with one seed has the 95 % interval over its n items in brackets. † marks numb
 
 def render_to(folder: Path) -> None:
     """Writes README.md, a list of the tables, and tables/<name>.md, from `results` and `published` in the
-    same folder; what the list says of a table is the shortest opening of the specs and speed scripts that name it.
+    same folder; the list says of a table what the specs and speed scripts open with; the shortest counts.
     """
     pages = render(folder / "results", folder / "published")
     (folder / "tables").mkdir(exist_ok=True)
