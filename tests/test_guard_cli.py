@@ -128,19 +128,20 @@ def test_the_hard_rule_has_the_papers_threshold(world, tmp_path):
     assert (loaded.fpr, loaded.threshold) == (None, 0.0)
 
 
-def test_few_images_are_drawn_by_seed_and_want_more_epochs(world, tmp_path, monkeypatch):
+def test_few_images_are_drawn_by_seed_and_options_reach_the_filter(world, tmp_path, monkeypatch):
     asked = []
 
     def note(self: AdversarialFilter, model: object, clean: Dataset, **_: object) -> None:
-        asked.append((self.epochs, len(clean)))
+        asked.append((self.epochs, len(clean), self.mask_norm))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(AdversarialFilter, "fit", note)
     arguments = ["guard", "fit", str(world / "victim"), *on(world / "clean"), "-o", str(tmp_path / "g")]
     assert run([*arguments, "--images", "70"]) == 130
-    assert run([*arguments, "--images", "70", "--epochs", "7"]) == 130
-    (epochs, images), (given, _) = asked
+    assert run([*arguments, "--images", "70", "--epochs", "7", "--mask-norm", "8"]) == 130
+    (epochs, images, usual), (given, _, norm) = asked
     assert epochs > 30 and images == 49 and given == 7
+    assert (usual, norm) == (None, 8.0)
 
 
 def test_an_interrupted_fit_goes_on_and_ends_as_an_undisturbed_one(
@@ -347,6 +348,11 @@ def test_apply_exits_0_where_nothing_alarms_and_takes_folders_and_other_sizes(wo
         (("fit", "victim", "--clean", "clean", "--images", "1000"), "cannot take 1000 of the 90"),
         (("fit", "victim", "--clean", "clean", "--fpr", "0.001"), "cannot promise a false-positive rate"),
         (("fit", "victim", "--clean", "clean", "--labels", "nowhere"), "give a JSON object"),
+        (("fit", "victim", "--clean", "clean", "--mask-norm", "0"), "give a number of pixels above 0"),
+        (
+            ("fit", "victim", "--clean", "clean", "--filter", "vif", "--mask-norm", "9"),
+            "belongs to --filter aif",
+        ),
         (("fit", "victim", "--clean", "clean", "-o", "clean"), "is not a guard: choose another name"),
         (("fit", "victim", "--clean", "clean", "--split", "test"), "no folder 'test'"),
         (("evaluate", "victim", "--clean", "others"), "written by `unhorse guard fit`"),

@@ -58,7 +58,7 @@ class Record(BaseModel):
 @dataclass(frozen=True)
 class FitRequest:
     """How a guard is fitted. With `epochs` None there are as many as the filter's own, or more where images
-    are few, for STEPS steps.
+    are few, for STEPS steps. `mask_norm` is AIF's: the largest trigger that it prepares for.
     """
 
     filter: str = "aif"
@@ -67,10 +67,17 @@ class FitRequest:
     fpr: float | None = 0.05
     policy: Policy = "hold"
     seed: int = 0
+    mask_norm: float | None = None
 
     def make_filter(self, images: int) -> Any:
         """The unfitted filter, for that many clean images."""
         made = NETWORK_FILTERS[self.filter](network=self.network, seed=self.seed)
+        if self.mask_norm is not None:
+            if self.filter != "aif":
+                raise ValueError(f"--mask-norm belongs to --filter aif, and {self.filter} draws no masks")
+            if not 0 < self.mask_norm < math.inf:
+                raise ValueError(f"--mask-norm is {self.mask_norm:g}: give a number of pixels above 0")
+            made = replace(made, mask_norm=self.mask_norm)
         fitting = images * (1 - CALIBRATION_SHARE) * (1 - made.held_out)
         steps = max(1, math.ceil(fitting / made.batch_size))
         enough = max(made.epochs, math.ceil(STEPS / steps))

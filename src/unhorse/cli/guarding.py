@@ -46,6 +46,13 @@ def fit(  # noqa: PLR0913 - one parameter per flag
         Literal["auto", "tiny", "small", "base"], Parameter(help="Size of the filter.")
     ] = "auto",
     epochs: Annotated[int | None, Parameter(help="30, or more where images are few, if left out.")] = None,
+    mask_norm: Annotated[
+        float | None,
+        Parameter(
+            help="aif: the largest trigger to prepare for, as the side of an opaque patch in pixels; a fifth "
+            "of the image's if left out."
+        ),
+    ] = None,
     fpr: Annotated[float, Parameter(help="Share of clean images that may alarm.")] = 0.05,
     hard: Annotated[
         bool, Parameter(negative=(), help="Alarm where filtering changes the class, whatever the rate.")
@@ -72,7 +79,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     started = time.monotonic()
     folder = Path("runs") / f"guard-{model.resolve().stem}" if output is None else output
     guard_runs.check_folder(folder)
-    request = guard_runs.FitRequest(filter, network, epochs, None if hard else fpr, policy, seed)
+    request = guard_runs.FitRequest(
+        filter, network, epochs, None if hard else fpr, policy, seed, mask_norm=mask_norm
+    )
     classifier = survey.load(model, options.loading()).to(survey.choose_device(device))
     source = ImageSource(clean, split, labels, unlabelled)
     data = source.read(classifier)
