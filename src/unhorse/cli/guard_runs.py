@@ -71,13 +71,14 @@ class FitRequest:
 
     def make_filter(self, images: int) -> Any:
         """The unfitted filter, for that many clean images."""
-        made = NETWORK_FILTERS[self.filter](network=self.network, seed=self.seed)
+        chosen: dict[str, Any] = {"network": self.network, "seed": self.seed}
         if self.mask_norm is not None:
             if self.filter != "aif":
                 raise ValueError(f"--mask-norm belongs to --filter aif, and {self.filter} draws no masks")
             if not 0 < self.mask_norm < math.inf:
                 raise ValueError(f"--mask-norm is {self.mask_norm:g}: give a number of pixels above 0")
-            made = replace(made, mask_norm=self.mask_norm)
+            chosen["mask_norm"] = self.mask_norm
+        made = NETWORK_FILTERS[self.filter](**chosen)
         fitting = images * (1 - CALIBRATION_SHARE) * (1 - made.held_out)
         steps = max(1, math.ceil(fitting / made.batch_size))
         enough = max(made.epochs, math.ceil(STEPS / steps))
