@@ -8,6 +8,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -81,6 +82,22 @@ def subset(data: Dataset, n: int, *, seed: int, stratified: bool = True) -> Data
     if not 0 < n <= len(data):
         raise ValueError(f"cannot take {n} of the {len(data)} images of {data.name!r}: give 1 to {len(data)}")
     return data[_order(data, seed, stratified)[:n]]
+
+
+def of_classes(data: Dataset, classes: Sequence[int]) -> Dataset:
+    """The images of some classes only, which are numbered in the order given."""
+    if data.labels is None:
+        raise ValueError(f"data set {data.name!r} has no labels: of which class an image is cannot be told")
+    if len(set(classes)) < len(classes) or not all(0 <= one < len(data.class_names) for one in classes):
+        raise ValueError(
+            f"classes {tuple(classes)}: give different ones of the {len(data.class_names)} of {data.name!r}"
+        )
+    places = torch.full((len(data.class_names),), -1)
+    places[list(classes)] = torch.arange(len(classes))
+    chosen = data[(places[data.labels] >= 0).nonzero()[:, 0]]
+    assert chosen.labels is not None
+    names = tuple(data.class_names[one] for one in classes)
+    return replace(chosen, labels=places[chosen.labels], class_names=names)
 
 
 def _order(data: Dataset, seed: int, stratified: bool) -> Tensor:

@@ -7,7 +7,9 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from math import exp, log
 from pathlib import Path
+from random import Random
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -122,10 +124,86 @@ class FamilySpec(Spec):
         }
 
 
+class DrawnData(DataSpec):
+    """A data set of a drawn family: between `fewest_classes` and `most_classes` of its `all_classes`."""
+
+    fewest_classes: int = Field(default=5, ge=3)
+    most_classes: int
+    all_classes: int
+
+    def drawn(self, dice: Random, images: int) -> DataSpec:
+        """All of it where as many classes are drawn as there are."""
+        count = dice.randint(self.fewest_classes, self.most_classes)
+        classes = tuple(sorted(dice.sample(range(self.all_classes), count)))
+        fields = self.model_dump(include=set(DataSpec.model_fields)) | {"images": images}
+        return DataSpec(**fields | {"classes": None if count == self.all_classes else classes})
+
+
+class DrawnArchitecture(Spec):
+    """An architecture of a drawn family: one value of each of `options`; it takes images of these `sides`
+    (all if there are none).
+    """
+
+    architecture: str
+    options: dict[str, list[Any]] = {}
+    sides: tuple[int, ...] = ()
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    learning_rate: tuple[float, float]
+
+
+class DrawnSpec(Spec):
+    """`count` populations, each with a data set, classes, an architecture and a recipe of its own, drawn by
+    `seed`: what a scanner should expect of a stranger's model.
+
+    Each has all benign groups and `attacks_each` of the others. A threshold that is chosen over such
+    populations holds for another one drawn in this way, as one over a few populations does not.
+    """
+
+    name: str
+    seed: int = 0
+    count: int = Field(ge=1)
+    attacks_each: int = Field(ge=0)
+    groups: tuple[GroupSpec, ...]
+    data: tuple[DrawnData, ...]
+    architectures: tuple[DrawnArchitecture, ...]
+    images: tuple[int, int]
+    epochs: tuple[int, int]
+    acceptance: AcceptanceSpec = AcceptanceSpec()
+
+    def populations(self) -> dict[str, ZooSpec]:
+        """The populations by their numbers; more of them leave the first ones as they are."""
+        return {f"{number:03d}": self._population(number) for number in range(self.count)}
+
+    def _population(self, number: int) -> ZooSpec:
+        dice = Random(f"{self.seed}/{number}")
+        data = dice.choice(self.data)
+        side = data.size[0] if data.size else None
+        drawn = dice.choice([each for each in self.architectures if not each.sides or side in each.sides])
+        slow, fast = (log(rate) for rate in drawn.learning_rate)
+        attacks = [group for group in self.groups if group.attack is not None]
+        chosen = dice.sample(attacks, self.attacks_each)
+        return ZooSpec(
+            name=f"{self.name}-{number:03d}",
+            seed=self.seed * 1000 + number,
+            groups=tuple(group for group in self.groups if group.attack is None or group in chosen),
+            data=data.drawn(dice, dice.randint(*self.images)),
+            architecture=drawn.architecture,
+            options={name: dice.choice(values) for name, values in drawn.options.items()},
+            mean=drawn.mean,
+            std=drawn.std,
+            recipe=Recipe(
+                epochs=dice.randint(*self.epochs), learning_rate=round(exp(dice.uniform(slow, fast)), 5)
+            ),
+            acceptance=self.acceptance,
+        )
+
+
 def read_populations(path: Path, folder: Path) -> dict[Path, ZooSpec]:
     """What a TOML file asks for, by where it is built: a population in `folder`, or a family's below it."""
     text = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    if "tasks" not in text:
+    if "tasks" not in text and "architectures" not in text:
         return {Path(folder): ZooSpec.model_validate(text)}
-    populations = FamilySpec.model_validate(text).populations()
+    family = FamilySpec if "tasks" in text else DrawnSpec
+    populations = family.model_validate(text).populations()
     return {Path(folder) / name: spec for name, spec in populations.items()}

@@ -21,7 +21,7 @@ from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoni
 from unhorse.attacks.registry import MADE, attack_card, restored_attack
 from unhorse.attacks.stacked_poisoning import kind_of, part_of
 from unhorse.core import Attack, Classifier, Dataset
-from unhorse.datasets import load_dataset, natural_images, subset
+from unhorse.datasets import load_dataset, natural_images, of_classes, subset
 from unhorse.metrics import accuracy, recovery_accuracy, trojan_accuracy
 from unhorse.models.classifier import load_classifier, new_classifier, read_card, save_classifier
 from unhorse.models.stacked_training import train_stack
@@ -38,8 +38,8 @@ class Spec(BaseModel):
 
 
 class DataSpec(Spec):
-    """Where images come from; each victim trains on `images` of them (all if None), drawn by its own seed.
-    `size` (h, w) resizes.
+    """Where images come from; each victim trains on at most `images` of them (all if None), drawn by its
+    own seed. `size` (h, w) resizes; of some `classes` (None: all) only these count, numbered in their order here.
     """
 
     source: str = "digits"
@@ -48,6 +48,7 @@ class DataSpec(Spec):
     images: int | None = None
     test_images: int | None = None
     size: tuple[int, int] | None = None
+    classes: tuple[int, ...] | None = Field(default=None, min_length=2)
 
 
 class AttackSpec(Spec):
@@ -109,8 +110,11 @@ class Victim:
 
 
 @functools.lru_cache(maxsize=4)
-def _data(source: str, split: str, size: tuple[int, int] | None) -> Dataset:
-    return load_dataset(source, split, size=size)
+def _data(
+    source: str, split: str, size: tuple[int, int] | None, classes: tuple[int, ...] | None = None
+) -> Dataset:
+    data = load_dataset(source, split, size=size)
+    return data if classes is None else of_classes(data, classes)
 
 
 def train_victim(
@@ -120,7 +124,7 @@ def train_victim(
     started = time.monotonic()
     data, test = _train_and_test(spec.data)
     if spec.data.images is not None:
-        data = subset(data, spec.data.images, seed=spec.seed)
+        data = subset(data, min(spec.data.images, len(data)), seed=spec.seed)
     model, attack = _untrained(spec, data, device)
     log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
     return model, attack, _card(spec, model, attack, test, log) | {"seconds": _since(started)}
@@ -179,8 +183,9 @@ def train_victims(
 
 
 def _train_and_test(spec: DataSpec) -> tuple[Dataset, Dataset]:
-    data, test = (_data(spec.source, part, spec.size) for part in (spec.train, spec.test))
-    return data, test if spec.test_images is None else subset(test, spec.test_images, seed=0)
+    data, test = (_data(spec.source, part, spec.size, spec.classes) for part in (spec.train, spec.test))
+    count = len(test) if spec.test_images is None else min(spec.test_images, len(test))
+    return data, test if count == len(test) else subset(test, count, seed=0)
 
 
 def _rows(data: Dataset, spec: VictimSpec) -> torch.Tensor:
@@ -188,7 +193,8 @@ def _rows(data: Dataset, spec: VictimSpec) -> torch.Tensor:
     every = torch.arange(len(data))
     if spec.data.images is None:
         return every
-    return subset(replace(data, images=every), spec.data.images, seed=spec.seed).images
+    count = min(spec.data.images, len(data))
+    return subset(replace(data, images=every), count, seed=spec.seed).images
 
 
 def _untrained(

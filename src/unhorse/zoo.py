@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -44,27 +44,41 @@ def build(spec: ZooSpec, folder: Path, *, workers: int = 1, stack: int | None = 
     leaves <group>-<index>.rejected.json instead. `stack` victims are trained at once, as one network; None is
     16 on an accelerator and one elsewhere, which is what is fast (docs/methods/stacking.md).
     """
-    folder = Path(folder)
-    _claim(spec, folder)
+    return build_all({Path(folder): spec}, workers=workers, stack=stack)[Path(folder)]
+
+
+def build_all(
+    populations: Mapping[Path, ZooSpec], *, workers: int = 1, stack: int | None = None
+) -> dict[Path, dict[str, int]]:
+    """As `build`, for several populations by their folders: their victims are the jobs of one queue."""
     size = stack or (16 if torch.cuda.is_available() else 1)
-    benign = GroupSpec(name="median", split="fit", count=spec.acceptance.median_of)
-    places = [_Place(benign, index) for index in range(benign.count)]
-    medians = [place for place in places if not place.median(folder).exists()]
-    _work(
-        f"{spec.name}: benign median",
-        [_Median(spec, folder, part) for part in _parts(medians, size)],
-        workers,
-    )
-    accuracies = [json.loads(place.median(folder).read_text())["clean_accuracy"] for place in places]
-    _write_json(folder / "median.json", {"clean_accuracy": median(accuracies), "of": accuracies})
-    wanted = [_Place(group, index) for group in spec.groups for index in range(group.count)]
-    todo = [place for place in wanted if not place.done(folder)]
-    _work(f"{spec.name}: victims", [_Victims(spec, folder, part) for part in _parts(todo, size)], workers)
-    counts = {
-        "accepted": len(list(folder.glob(CARDS))),
-        "rejected": len(list(folder.glob("*/*.rejected.json"))),
+    names = [spec.name for spec in populations.values()]
+    label = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    medians: list[_Job] = []
+    for folder, spec in populations.items():
+        _claim(spec, folder)
+        todo = [place for place in _median_places(spec) if not place.median(folder).exists()]
+        medians += [_Median(spec, folder, part) for part in _parts(todo, size)]
+    _work(f"{label}: benign median", medians, workers)
+    victims: list[_Job] = []
+    trained: dict[Path, int] = {}
+    for folder, spec in populations.items():
+        found = [json.loads(place.median(folder).read_text()) for place in _median_places(spec)]
+        accuracies = [each["clean_accuracy"] for each in found]
+        _write_json(folder / "median.json", {"clean_accuracy": median(accuracies), "of": accuracies})
+        wanted = [_Place(group, index) for group in spec.groups for index in range(group.count)]
+        todo = [place for place in wanted if not place.done(folder)]
+        trained[folder] = len(todo)
+        victims += [_Victims(spec, folder, part) for part in _parts(todo, size)]
+    _work(f"{label}: victims", victims, workers)
+    return {
+        folder: {
+            "accepted": len(list(folder.glob(CARDS))),
+            "rejected": len(list(folder.glob("*/*.rejected.json"))),
+            "trained_now": trained[folder],
+        }
+        for folder in populations
     }
-    return {**counts, "trained_now": len(todo)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +99,12 @@ class _Place:
 
     def done(self, population: Path) -> bool:
         return (self.folder(population) / CARD_FILE).exists() or self.rejected(population).exists()
+
+
+def _median_places(spec: ZooSpec) -> list[_Place]:
+    """Of the benign victims that are trained for the median clean accuracy."""
+    benign = GroupSpec(name="median", split="fit", count=spec.acceptance.median_of)
+    return [_Place(benign, index) for index in range(benign.count)]
 
 
 def _parts(places: Sequence[_Place], size: int) -> list[tuple[_Place, ...]]:
@@ -151,7 +171,7 @@ class _Median(_Job):
             _write_json(place.median(self.folder), card["metrics"])
 
 
-def _work(label: str, todo: list[Any], workers: int) -> None:
+def _work(label: str, todo: Sequence[Any], workers: int) -> None:
     failures = []
     for outcome in jobs.track(label, jobs.run(jobs.call, todo, workers=workers), len(todo)):
         if outcome.error is not None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from unhorse.core import Classifier, Dataset
-from unhorse.datasets import load_dataset, subset
+from unhorse.datasets import load_dataset, of_classes, subset
 from unhorse.victims import DataSpec
 
 
@@ -16,6 +16,8 @@ from unhorse.victims import DataSpec
 def clean_and_test(data: DataSpec, count: int) -> tuple[Dataset, Dataset]:
     """(`count` clean images, the rest of the test split or `data.test_images` of the rest)."""
     everything = load_dataset(data.source, data.test, size=data.size)
+    if data.classes is not None:
+        everything = of_classes(everything, data.classes)
     if not 0 <= count < len(everything):
         raise ValueError(
             f"{count} of the {len(everything)} test images of {data.source}: leave some to measure on"

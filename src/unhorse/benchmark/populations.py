@@ -20,7 +20,7 @@ from unhorse.benchmark.variants import VariantSpec, make_variants
 from unhorse.models.classifier import read_card
 from unhorse.populations import AcceptanceSpec, ZooSpec, read_populations
 from unhorse.victims import AttackSpec, Spec
-from unhorse.zoo import Member, build, members
+from unhorse.zoo import Member, build_all, members
 
 Split = Literal["fit", "held-back"]
 Kinds = Mapping[str, AttackSpec | None]
@@ -135,8 +135,7 @@ class Cast:
 
     def build(self, paths: Iterable[str], workers: int) -> None:
         for path in dict.fromkeys(paths):
-            for population in self.named(path):
-                build(population.zoo, population.folder, workers=workers)
+            build_all({each.folder: each.zoo for each in self.named(path)}, workers=workers)
 
     def fitted(self, parts: Sequence[FittedSpec]) -> Iterator[Selection]:
         """What is fitted on, a population at a time."""

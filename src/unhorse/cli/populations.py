@@ -41,11 +41,11 @@ def build(
     it goes on.
     """
     from unhorse.populations import read_populations
-    from unhorse.zoo import build as build_zoo
+    from unhorse.zoo import build_all
 
+    populations = {folder: each.scaled(scale) for folder, each in read_populations(spec, output).items()}
     with engine.open() as workers:
-        for folder, population in read_populations(spec, output).items():
-            counts = build_zoo(population.scaled(scale), folder, workers=workers, stack=stack)
+        for folder, counts in build_all(populations, workers=workers, stack=stack).items():
             print(f"{folder}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
     return 0
 
