@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from unhorse.core import Dataset
-from unhorse.datasets import load_dataset, natural_images, split_dataset, subset
+from unhorse.datasets import load_dataset, natural_images, of_classes, split_dataset, subset
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 NAMES = ("cat", "dog", "owl")
@@ -370,6 +371,25 @@ def test_a_subset_repeats_with_its_seed_and_changes_with_another(numbered):
     first = subset(numbered, 30, seed=1).images
     assert torch.equal(first, subset(numbered, 30, seed=1).images)
     assert not torch.equal(first, subset(numbered, 30, seed=2).images)
+
+
+def test_some_classes_alone_are_numbered_in_the_order_given(numbered):
+    some = of_classes(numbered, (2, 0))
+    assert some.class_names == (numbered.class_names[2], numbered.class_names[0])
+    before = numbered.labels[torch.isin(numbered.labels, torch.tensor([0, 2]))]
+    assert torch.equal(some.labels, (before == 0).long())
+    assert torch.equal(some.images, numbered.images[torch.isin(numbered.labels, torch.tensor([0, 2]))])
+
+
+@pytest.mark.parametrize("classes", [(0, 0), (0, 99), (-1, 0)])
+def test_classes_that_are_not_there_are_refused(numbered, classes):
+    with pytest.raises(ValueError, match="give different ones"):
+        of_classes(numbered, classes)
+
+
+def test_of_unlabelled_images_no_class_can_be_chosen(numbered):
+    with pytest.raises(ValueError, match="no labels"):
+        of_classes(replace(numbered, labels=None), (0, 1))
 
 
 def test_unlabelled_images_are_divided_at_random(numbered):

@@ -15,7 +15,7 @@ from unhorse.metrics import accuracy, trojan_accuracy
 from unhorse.models.classifier import read_card, weights_hash
 from unhorse.populations import ZooSpec, read_populations
 from unhorse.victims import AttackSpec, VictimSpec, load_victim, save_victim, train_victim
-from unhorse.zoo import build, members, rejections
+from unhorse.zoo import build, build_all, members, rejections
 
 TOML = """
 name = "tiny"
@@ -257,6 +257,77 @@ def test_a_family_is_a_population_per_task_with_the_familys_groups_or_its_own(tm
     assert [(group.split, group.count) for group in digits.groups] == [("held-back", 2)]
     assert larger.data.size == (16, 16) and [group.split for group in larger.groups] == ["fit"]
     assert digits.identity() != larger.identity()
+
+
+DRAWN = """
+name = "drawn"
+seed = 5
+count = 12
+attacks_each = 1
+images = [60, 90]
+epochs = [1, 2]
+acceptance = { clean_margin = 1.0, trojan = 0.0, median_of = 1 }
+groups = [
+    { name = "benign", split = "held-back", count = 1 },
+    { name = "patch", split = "held-back", count = 1, attack = { kind = "badnet" } },
+    { name = "blended", split = "held-back", count = 1, attack = { kind = "blended" } },
+]
+data = [
+    { source = "digits", test_images = 50, all_classes = 10, fewest_classes = 4, most_classes = 10 },
+    { source = "digits", size = [28, 28], all_classes = 10, most_classes = 6 },
+]
+
+[[architectures]]
+architecture = "small-cnn"
+options = { widths = [[8, 8], [8, 16]] }
+learning_rate = [1e-3, 4e-3]
+
+[[architectures]]
+architecture = "wanet-cnn"
+sides = [28]
+learning_rate = [1e-3, 1e-3]
+"""
+
+
+def drawn(folder: Path, text: str = DRAWN) -> list[ZooSpec]:
+    (folder / "drawn.toml").write_text(text)
+    return list(read_populations(folder / "drawn.toml", folder / "out").values())
+
+
+def test_drawn_populations_differ_in_all_that_is_drawn_and_stay_within_bounds(tmp_path):
+    found = drawn(tmp_path)
+    assert len({spec.identity() for spec in found}) == len({spec.seed for spec in found}) == 12
+    assert {spec.architecture for spec in found} == {"small-cnn", "wanet-cnn"}
+    for spec in found:
+        assert [group.name for group in spec.groups] in (["benign", "patch"], ["benign", "blended"])
+        assert 60 <= spec.data.images <= 90 and 1 <= spec.recipe.epochs <= 2
+        assert 1e-3 <= spec.recipe.learning_rate <= 4e-3
+        assert spec.data.size == (28, 28) or spec.architecture == "small-cnn"
+        count = len(spec.data.classes or range(10))
+        assert 4 <= count <= (10 if spec.data.size is None else 6)
+    assert {len(spec.groups) for spec in found} == {2}
+    assert {spec.groups[1].name for spec in found} == {"patch", "blended"}
+
+
+def test_a_drawn_family_grows_without_changing_what_is_there(tmp_path):
+    assert drawn(tmp_path, DRAWN.replace("count = 12", "count = 15"))[:12] == drawn(tmp_path)
+
+
+def test_a_drawn_population_knows_its_classes_only(tmp_path):
+    spec = next(each for each in drawn(tmp_path) if each.data.classes and each.architecture == "small-cnn")
+    assert build(spec, tmp_path / "one")["accepted"] == 2
+    for member in members(tmp_path / "one"):
+        victim = load_victim(member.folder)
+        assert victim.model.class_names == tuple(str(one) for one in spec.data.classes)
+
+
+def test_several_populations_are_built_as_one_queue(tmp_path):
+    first, second = spec(), spec(name="other", seed=4)
+    folders = {tmp_path / "a": first, tmp_path / "b": second}
+    counts = build_all(folders, workers=1)
+    assert counts == {folder: {"accepted": 4, "rejected": 0, "trained_now": 4} for folder in folders}
+    assert build(second, tmp_path / "alone")["accepted"] == 4
+    assert hashes(tmp_path / "alone") == hashes(tmp_path / "b") != hashes(tmp_path / "a")
 
 
 def test_a_population_file_is_one_population_in_the_folder_that_was_asked_for(tmp_path):

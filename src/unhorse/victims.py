@@ -39,7 +39,7 @@ class Spec(BaseModel):
 
 class DataSpec(Spec):
     """Where images come from; each victim trains on at most `images` of them (all if None), drawn by its
-    own seed. `size` (h, w) resizes; of some `classes` (None: all) only these count, numbered in their order here.
+    own seed. `size` (h, w) resizes; where `classes` are named (None: all), they alone count, numbered anew.
     """
 
     source: str = "digits"
