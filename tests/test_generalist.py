@@ -18,22 +18,17 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import AWAY, TOWARDS, Generalist
+from unhorse.scanners.generalist import REACH, TESTS, TITLE, UNEVEN, Generalist
 from unhorse.scanners.optimisation import frozen
-from unhorse.scanners.readings import (
-    FAR,
-    LEAST_SPREAD,
-    MARGIN_COUNTS,
-    NORMAL,
-    Readings,
-    lead_of,
-    lead_of_others,
-)
+from unhorse.scanners.readings import Readings, lead_of, lead_of_others
 from unhorse.scanners.stamps import StampSearch
 from unhorse.scanners.stand_ins import StandInSearch
 
 SHAPE = (1, 16, 16)
-HASTY = EvidenceSearch(StandInSearch(count=12, steps=30), StampSearch(area=0.04, steps=30), most_bearers=6)
+# the templates of planted networks are noise, and so are images that they take for a class
+HASTY = EvidenceSearch(
+    StandInSearch(count=12, steps=30, smoothness=0.0), StampSearch(area=0.04, steps=30), most_bearers=6
+)
 QUICK = ActivationOutlier(steps=12, starts=2, search=FootprintSearch(steps=2, refine=1, rivals=1))
 
 
@@ -93,7 +88,7 @@ def models() -> dict[str, Classifier]:
 
 @pytest.fixture(scope="module")
 def evidence(models) -> dict[str, Evidence]:
-    search = EvidenceSearch(stamps=StampSearch(area=0.04))
+    search = EvidenceSearch(StandInSearch(smoothness=0.0), StampSearch(area=0.04))
     return {name: search.run(model, torch.arange(6.0)) for name, model in models.items()}
 
 
@@ -184,10 +179,14 @@ def test_only_a_trojan_makes_one_stamp_as_good_as_many(evidence):
     readings = {name: found.readings() for name, found in evidence.items()}
     towards = {name: several.universality() for name, several in readings.items()}
     assert towards["single"].max() > 0.85 > 0.7 > towards["benign"].max()
-    assert readings["single"].favours().max() > 2 * readings["benign"].favours().max()
+    reach = {name: several.reach() for name, several in readings.items()}
+    assert reach["single"].max() > 0 > reach["benign"].max()
+    assert int(readings["single"].targets[reach["single"].argmax()]) == TARGET
+    assert readings["single"].unevenness() > 2 * readings["benign"].unevenness()
+    assert readings["single"].favour() > 1 > 0.2 > readings["benign"].favour()
     assert int(readings["single"].targets[towards["single"].argmax()]) == TARGET
     away = {name: several.astray() for name, several in readings.items()}
-    assert away["all"] > 1.5 * away["benign"] and away["single"] > 1.5 * away["benign"]
+    assert away["all"] > away["benign"] + 0.3
 
 
 def test_the_classes_of_the_largest_margins_are_targets(models):
@@ -197,23 +196,26 @@ def test_the_classes_of_the_largest_margins_are_targets(models):
     assert found.towards[1].leads.shape == (2, 3)
 
 
-def test_of_several_starts_the_best_one_counts_for_the_classes_of_the_largest_margins(models):
+def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_furthest(models):
     model, margins = models["single"], torch.tensor([5.0, 1.0, 3.0, 4.0, 0.0, 2.0])
     once = replace(HASTY, starts=1).run(model, margins)
     found = replace(HASTY, starts=4, restarted=2).run(model, margins)
     (images, labels), bearers, targets = found.stand_ins.inputs, found.bearers, found.targets
     assert targets.tolist() == [0, 3, 2, 5, 1, 4]
+    foreign = labels[bearers] != targets[:, None]
+    furthest = once.towards[0].mean_leads(foreign).argsort(descending=True)
+    assert int(targets[furthest[0]]) == TARGET
+    again, others = furthest[:2], furthest[2:]
     with frozen(model):
         inputs = Inputs(images[bearers], labels[bearers])
-        each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[:2]) for seed in range(4)]
-    for place, target in enumerate(targets[:2]):
-        foreign = labels[bearers] != target
-        best = max(each, key=lambda stamps: float(stamps.leads[place][foreign].mean()))
-        assert torch.allclose(found.towards[0].leads[place], best.leads[place])
-        assert torch.allclose(found.towards[0].masks[place], best.masks[place])
-        assert torch.allclose(found.towards[0].patterns[place], best.patterns[place])
-    assert not torch.allclose(found.towards[0].leads[:2], once.towards[0].leads[:2])
-    assert torch.equal(found.towards[0].leads[2:], once.towards[0].leads[2:])
+        each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[again]) for seed in range(4)]
+    for row, place in enumerate(again.tolist()):
+        best = max(each, key=lambda stamps: float(stamps.leads[row][foreign[place]].mean()))
+        assert torch.allclose(found.towards[0].leads[place], best.leads[row])
+        assert torch.allclose(found.towards[0].masks[place], best.masks[row])
+        assert torch.allclose(found.towards[0].patterns[place], best.patterns[row])
+    assert not torch.allclose(found.towards[0].leads[again], once.towards[0].leads[again])
+    assert torch.equal(found.towards[0].leads[others], once.towards[0].leads[others])
     assert torch.equal(found.towards[1].leads, once.towards[1].leads)
 
 
@@ -271,43 +273,41 @@ def readings_of(**fields: Tensor) -> Readings:
     return Readings(**known | fields)
 
 
-def test_universality_is_known_and_free_of_scale():
+def test_the_numbers_are_known_and_free_of_scale():
     readings = readings_of()
     assert readings.universality().tolist() == pytest.approx([0.25, 0.25])
-    assert readings.astray() == pytest.approx(1)
-    larger = {name: 7 * getattr(readings, name) for name in ("logits", "away_all", "towards_all")}
-    assert readings_of(**larger).universality().tolist() == pytest.approx([0.25, 0.25])
-    assert readings_of(**larger).astray() == pytest.approx(1)
+    assert readings.reach().tolist() == pytest.approx([-0.75, -0.75])
+    assert readings.astray() == pytest.approx(0) and readings.unevenness() == pytest.approx(0)
+    assert readings.favour() == pytest.approx(0)
+    larger = readings_of(
+        **{name: 7 * getattr(readings, name) for name in ("logits", "away_all", "towards_all")}
+    )
+    assert larger.universality().tolist() == pytest.approx([0.25, 0.25])
+    assert larger.reach().tolist() == pytest.approx([-0.75, -0.75])
+    assert larger.astray() == pytest.approx(0)
     further = readings_of(away_all=torch.full((3,), -2.0))
-    assert further.astray() == pytest.approx(2)
-    assert readings.favours().tolist() == [0, 0]
+    assert further.astray() == pytest.approx(math.log(2))
 
 
 def test_the_images_of_the_target_do_not_count():
-    towards = torch.tensor([[-99.0, 0.0, 0.0], [-3.0, -99.0, -3.0]])
-    assert readings_of(towards_all=towards).universality().tolist() == pytest.approx([1.0, 0.25])
-    assert readings_of(towards_all=towards).favours().tolist() == pytest.approx(
-        [0.75, 0]
-    )  # the median is the lower of two
+    towards = torch.tensor([[-99.0, 0.0, 2.0], [-3.0, -99.0, -3.0]])
+    uneven = readings_of(towards_all=towards)
+    assert uneven.universality().tolist() == pytest.approx([1.25, 0.25])
+    assert uneven.reach().tolist() == pytest.approx([0.25, -0.75])
+    assert uneven.unevenness() == pytest.approx(math.sqrt(0.5))
+    assert uneven.favour() == pytest.approx(1.0)
     own = torch.zeros(3, dtype=torch.int64)
     alone = readings_of(labels=own, logits=4 * torch.eye(3)[own], towards_all=towards)
-    assert float(alone.universality()[0]) == 0
+    assert float(alone.universality()[0]) == float(alone.reach()[0]) == 0
 
 
-def test_a_margin_that_stands_out_counts_and_a_small_one_counts_against_a_class():
-    log2 = math.log(2)
-    equal = readings_of(reached=torch.tensor([8.0, 2.0, 2.0]), targets=torch.tensor([0, 1]))
-    assert equal.favours().tolist() == pytest.approx([MARGIN_COUNTS, 0])
-    spread = readings_of(reached=torch.tensor([4.0, 2.0, 1.0]))
-    expected = MARGIN_COUNTS * log2 / (NORMAL * log2 + LEAST_SPREAD) / FAR
-    assert spread.favours().tolist() == pytest.approx([expected, 0])
-    low = spread._replace(targets=torch.tensor([2, 1]), reached=7 * spread.reached)
-    assert low.favours().tolist() == pytest.approx([-expected, 0], rel=1e-5)
-
-
-def test_where_not_even_an_own_stamp_does_anything_nothing_is_divided_by_it():
-    unmoved = readings_of(away_all=torch.full((3,), -4.0), away_each=torch.full((3,), -4.0))
-    assert unmoved.astray() == 0
+def test_where_stamps_do_nothing_nothing_is_divided_by_it():
+    still = {name: torch.full((3,), -4.0) for name in ("away_all", "away_each")}
+    unmoved = readings_of(
+        **still, towards_all=torch.full((2, 3), -4.0), towards_each=torch.full((2, 2), -4.0)
+    )
+    assert unmoved.astray() == unmoved.unevenness() == 0
+    assert unmoved.universality().tolist() == [0, 0]
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -321,17 +321,19 @@ def test_unseen_models_are_told_apart(fitted):
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
     def scored(number: float) -> dict[str, Any]:
-        return readings_of(away_all=torch.full((3,), number - 4)).record()
+        return readings_of(towards_all=torch.full((2, 3), 4 * number)).record()
 
-    scanner = Generalist(norms={AWAY: (0.0, 1.0)})
+    scanner = Generalist(norms={REACH: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0)
+    both = Generalist(norms={REACH: (0.0, 1.0), UNEVEN: (0.0, 1.0)})
+    assert float(both.scores([scored(2.0)])) == pytest.approx(1.0)
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
-    centre, width = scanner.norms[AWAY]
+    centre, width = scanner.norms[REACH]
     assert (centre, width) == pytest.approx((2.0, 1.0))  # the median of 1, 1, 3 and 3, and the rim
     assert scanner.threshold == pytest.approx(1.0) and scanner.corroborated == pytest.approx(1.0)
-    assert scanner.fit(features, flags).norms[AWAY][0] == pytest.approx(3.0)
+    assert scanner.fit(features, flags).norms[REACH][0] == pytest.approx(3.0)
     with pytest.raises(ValueError, match="no benign models"):
         scanner.fit(features, [True] * 15)
 
@@ -347,11 +349,11 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     assert fitted.measure(model).verdict is Verdict.UNDECIDED
     assert result.verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS) and result.scanner == "generalist"
     table = next(
-        exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and "Two tests" in exhibit.title
+        exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and exhibit.title == TITLE
     )
     normed = [float(row[-1]) for row in table.rows]
-    assert [row[0] for row in table.rows] == [TOWARDS, AWAY]
-    assert max(normed) == pytest.approx(result.score, abs=1e-3)
+    assert tuple(row[0] for row in table.rows) == TESTS
+    assert sum(normed) / 4 == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note

@@ -64,7 +64,7 @@ class Evidence(NamedTuple):
         with_own = self.bearers[::2]
         some = with_own[:SHOWN]
         images, labels = images[some], labels[some]
-        best = int(self.readings().favours().argmax())
+        best = int(self.readings().reach().argmax())
         own = best * len(with_own) + torch.arange(len(some), device=images.device)
         target = model.class_names[int(self.targets[best])]
         stamped = {
@@ -92,8 +92,8 @@ class EvidenceSearch:
     """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
     largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
 
-    The stamps for all towards the first `restarted` of these are searched from `starts` random starts, of
-    which the best one counts: a trigger lies among those classes, and one start often misses it.
+    Of the stamps for all, those towards the `restarted` classes that the first ones lead furthest to are
+    searched from `starts` random starts, of which the best one counts: one start often misses a trigger.
     """
 
     stand_ins: StandInSearch = StandInSearch()
@@ -148,8 +148,9 @@ class EvidenceSearch:
             away = searched(everyone, None, each=False), searched(everyone, None, each=True)
             for_all = searched(bearers, targets, each=False)
             foreign = labels[bearers] != targets[:, None]
+            furthest = for_all.mean_leads(foreign).argsort(descending=True)[: self.restarted]
             for start in range(1, self.starts):
-                again = searched(bearers, targets[: self.restarted], each=False, start=start)
-                for_all = for_all.improved(again, foreign)
+                again = searched(bearers, targets[furthest], each=False, start=start)
+                for_all = for_all.improved(again, furthest, foreign)
             towards = for_all, searched(bearers[::2], targets, each=True)
             return Evidence(reached, stand_ins, away, targets, bearers, towards)

@@ -1,4 +1,4 @@
-"""The scanner in the box: two tests whose numbers mean the same in every network."""
+"""The scanner in the box: four tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ from unhorse.scanners.readings import Readings
 CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
-TOWARDS = "how much better is one stamp for all towards one class than towards others?"
-AWAY = "how much better is one stamp for all away from the own classes than towards a class?"
-CENTRE, RIM = 0.5, 0.975
+REACH = "how far does one stamp for all lead to a class, of what own classes lead by?"
+FAVOUR = "how much more does it do for one class than for any other?"
+UNEVEN = "how unequal are the classes in how well one stamp for all leads to them?"
+AWAY = "how much more does one stamp for all do away from the own classes than towards a class?"
+TESTS = (REACH, FAVOUR, UNEVEN, AWAY)
+CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TESTS = "Two tests: the score is the larger normed number"
+TITLE = "Four tests: the score is the mean of the normed numbers"
 
 
 @dataclass
 class Generalist:
-    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Four tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
-    How good is one small stamp for all stand-ins of clean images, measured by what each image's own stamp
-    does for it? The best class is compared with the median one (Readings.favours), and stamps that lead away
-    from the images' own classes, wherever that leads, are too (Readings.astray). `norms` are the centre and
-    the width of both numbers among benign models of many groups; the score is the larger number so normed.
+    How far does one small stamp lead all stand-ins of clean images to one class (Readings.reach), how much
+    further than to any other (Readings.favour), how unequal are the classes in that (Readings.unevenness),
+    and how much more does a stamp do that leads away from the images' own classes, wherever that leads
+    (Readings.astray)? `norms` are the centre and the width of each
+    number among benign models of populations drawn at random; the score is the mean of the numbers so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated, and so does the threshold of `outlier` for
     its score (docs/methods). With a `reference` of benign models p-values of 0.05 and 0.2 decide instead.
@@ -48,7 +52,7 @@ class Generalist:
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.1, 0.15), AWAY: (0.65, 0.3)}
+        default_factory=lambda: {REACH: (-0.5, 0.7), FAVOUR: (0.2, 0.5), UNEVEN: (0.1, 0.1), AWAY: (0.0, 0.5)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -106,13 +110,17 @@ class Generalist:
 
     def scores(self, features: Sequence[Mapping[str, Any]]) -> Scores:
         """The score of each model."""
-        found = [max(self.normed(Readings.read(each)).values()) for each in features]
+        found = [self._score(self.normed(Readings.read(each))) for each in features]
         return torch.tensor(found, dtype=torch.float64)
 
     def normed(self, readings: Readings) -> dict[str, float]:
         """The number of each test: 0 is what most benign models have, 1 what hardly one exceeds."""
         numbers = _numbers(readings)
         return {test: (numbers[test] - centre) / width for test, (centre, width) in self.norms.items()}
+
+    @staticmethod
+    def _score(normed: Mapping[str, float]) -> float:
+        return sum(normed.values()) / len(normed)
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -148,7 +156,7 @@ class Generalist:
             return ScanResult.undecided(self.name, str(error))
         except TimeUp:
             return self._out_of_time(ScanResult.undecided(self.name, ""), clock)
-        score = max(self.normed(evidence.readings()).values())
+        score = self._score(self.normed(evidence.readings()))
         result = ScanResult.undecided(self.name, "only the score was measured")
         return replace(result, score=score, reached=tuple(evidence.reached.tolist()))
 
@@ -179,14 +187,14 @@ class Generalist:
         """What the activation outlier found, `first`, with both tests in the place of its score."""
         readings = evidence.readings()
         normed, numbers = self.normed(readings), _numbers(readings)
-        score, shown = max(normed.values()), bool(first.triggers)
+        score, shown = self._score(normed), bool(first.triggers)
         judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
         enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
         stands_out = self.reference is None and (first.score or 0.0) >= self.outlier.threshold
         flagged = judgement.flagged or (shown and (enough.flagged or stands_out))
         verdict = Verdict.of(flagged=flagged, demonstrated=shown)
-        suspect = int(readings.targets[readings.favours().argmax()])
-        no_target = normed[AWAY] > normed[TOWARDS]
+        suspect = int(readings.targets[readings.reach().argmax()])
+        no_target = normed[AWAY] > max(normed[REACH], normed[FAVOUR])
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
@@ -194,7 +202,7 @@ class Generalist:
             (test, *(f"{value:.3f}" for value in (numbers[test], *self.norms[test], normed[test])))
             for test in normed
         )
-        table = Table(TESTS, ("asked", "number", "benign median", "width", "normed"), rows)
+        table = Table(TITLE, ("asked", "number", "benign median", "width", "normed"), rows)
         return replace(
             first,
             verdict=verdict,
@@ -221,7 +229,12 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: float(readings.favours().max()), AWAY: readings.astray()}
+    return {
+        REACH: float(readings.reach().max()),
+        FAVOUR: readings.favour(),
+        UNEVEN: readings.unevenness(),
+        AWAY: readings.astray(),
+    }
 
 
 def _norm(numbers: Sequence[float]) -> tuple[float, float]:

@@ -1,8 +1,9 @@
-"""Readings of a model, and two numbers of them that mean the same whatever the architecture."""
+"""Readings of a model, and numbers of them that mean the same whatever the architecture."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import log
 from typing import Any, NamedTuple
 
 import torch
@@ -13,14 +14,8 @@ from unhorse.core import Labels, Logits
 
 DIGITS = 5
 """Significant digits that are kept of a reading."""
-NORMAL = 1.4826
-"""Times their median is the standard deviation of normal numbers' distances."""
-LEAST_SPREAD = 0.15
-"""Log margins spread at least so much."""
-FAR, MARGIN_COUNTS = 4.0, 0.15
-LEAST_UNIVERSALITY = 0.05
 LEAST_RISE = 0.05
-"""What a stamp of its own does for an image, at the least, as a share of the lead of its own class."""
+"""What a stamp does for an image, at the least, as a share of the lead of its own class."""
 
 
 class Readings(NamedTuple):
@@ -49,35 +44,52 @@ class Readings(NamedTuple):
         for_each = self._rises(self.bearers[::2], self.towards_each)
         return for_all / for_each.clamp(min=self._least_rise)
 
-    def favours(self) -> Float[Tensor, " t"]:
-        """Per target: by how much its universality exceeds that of the median target, and up to MARGIN_COUNTS
-        more for a log margin that stands out from those of all classes, in full at FAR robust deviations.
+    def reach(self) -> Float[Tensor, " t"]:
+        """Per target: its lead under one stamp for all, on average over the images of other classes, as a
+        share of what the images' own classes lead by without it: -1 and less where a stamp does nothing, and
+        above 0 where it wins.
         """
-        universality, reached = self.universality(), self.reached.double()
-        logs = reached.clamp(min=1e-3 * float(reached.max())).log()
-        apart = logs - logs.median()
-        spread = NORMAL * float(apart.abs().median()) + LEAST_SPREAD
-        far = (apart[self.targets] / spread / FAR).clamp(max=1)
-        return universality - universality.median() + MARGIN_COUNTS * far
+        foreign = self._foreign(self.bearers)
+        leads = (self.towards_all.double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
+        return leads / self._typical_lead
+
+    def favour(self) -> float:
+        """By how much more a stamp for all raises the lead of the class that it does most for than that of
+        the next one, as a share of what own classes lead by.
+        """
+        rises = self._rises(self.bearers, self.towards_all).topk(2).values
+        return float(rises[0] - rises[1]) / self._typical_lead
+
+    def unevenness(self) -> float:
+        """The standard deviation of the targets' universality."""
+        return float(self.universality().std())
 
     def astray(self) -> float:
-        """The universality of stamps that lead away from each image's own class, wherever that leads, as a
-        multiple of that of the median target.
+        """The logarithm of what a stamp does that leads all away from their own classes, wherever that leads,
+        as a multiple of what one towards the median target does.
         """
         before = lead_of_others(self.logits, self.labels)
-        for_all, for_each = ((leads - before).double().mean() for leads in (self.away_all, self.away_each))
-        universality = float(for_all / for_each.clamp(min=self._least_rise))
-        return universality / max(float(self.universality().median()), LEAST_UNIVERSALITY)
+        away = float((self.away_all - before).double().mean()) / self._typical_lead
+        towards = float(self._rises(self.bearers, self.towards_all).median()) / self._typical_lead
+        return log(max(away, LEAST_RISE) / max(towards, LEAST_RISE))
+
+    def _foreign(self, images: Labels) -> Float[Tensor, "t m"]:
+        """1 where an image is of another class than the target."""
+        return (self.labels[images] != self.targets[:, None]).double()
 
     def _rises(self, images: Labels, under: Float[Tensor, "t m"]) -> Float[Tensor, " t"]:
-        logits, own = self.logits[images], self.labels[images]
+        logits = self.logits[images]
         before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
-        foreign = (own != self.targets[:, None]).double()
+        foreign = self._foreign(images)
         return ((under - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
 
     @property
+    def _typical_lead(self) -> float:
+        return float(-lead_of_others(self.logits, self.labels).double().mean())
+
+    @property
     def _least_rise(self) -> float:
-        return LEAST_RISE * float(-lead_of_others(self.logits, self.labels).double().mean())
+        return LEAST_RISE * self._typical_lead
 
     def record(self) -> dict[str, Any]:
         """For JSON: all of it, to DIGITS digits."""

@@ -34,20 +34,20 @@ class Stamps(NamedTuple):
         """Images under one of the patches, or each under one."""
         return images + self.masks[stamp] * (self.patterns[stamp] - images)
 
-    def improved(self, others: Stamps, counted: Bool[Tensor, "t n"]) -> Stamps:
-        """With `others`, stamps for all images towards the first of these targets, where these lead further,
-        on average over the images that are `counted`.
+    def mean_leads(self, counted: Bool[Tensor, "t n"]) -> Float[Tensor, " t"]:
+        """Each target's lead, on average over the images that are `counted`."""
+        return (self.leads * counted).sum(1) / counted.sum(1).clamp(min=1)
+
+    def improved(self, others: Stamps, places: Labels, counted: Bool[Tensor, "t n"]) -> Stamps:
+        """With `others`, stamps for all images towards the targets at `places`, where these lead further, on
+        average over the images that are `counted`.
         """
-        count = len(others.leads)
-
-        def mean(leads: Tensor) -> Tensor:
-            return (leads[:count] * counted[:count]).sum(1) / counted[:count].sum(1).clamp(min=1)
-
-        better = mean(others.leads) > mean(self.leads)
+        better = others.mean_leads(counted[places]) > self.mean_leads(counted)[places]
 
         def chosen(mine: Tensor, theirs: Tensor) -> Tensor:
-            first = torch.where(better.view(-1, *[1] * (mine.dim() - 1)), theirs, mine[:count])
-            return torch.cat([first, mine[count:]])
+            mine = mine.clone()
+            mine[places[better]] = theirs[better]
+            return mine
 
         return Stamps(*(chosen(mine, theirs) for mine, theirs in zip(self, others, strict=True)))
 
