@@ -1,8 +1,8 @@
 """Sets norms and thresholds of the scanner in the box, and writes its card into the package.
 
-Every population of benchmarks/specs/ours-default-scan.toml counts as much as any other; what is measured of
-their models is kept beside them, and is what `unhorse benchmark` leaves. The card also says, per population,
-how many of its models the thresholds of the others would flag. Run it in a clean clone:
+They are those of the benign models of benchmarks/specs/ours-random-networks.toml: networks drawn at random.
+What is measured of each model is kept beside it, and is what `unhorse benchmark` leaves. The card also says
+how many models of each fold the thresholds of the others would flag. Run it in a clean clone:
 python benchmarks/fit_generalist.py --work runs
 """
 
@@ -11,6 +11,7 @@ import json
 import tomllib
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,9 +23,10 @@ from unhorse.benchmark.scanning_table import ScanningTable
 from unhorse.benchmark.scanning_trials import Trial
 from unhorse.benchmark.trials import provenance
 from unhorse.metrics import auroc
+from unhorse.models.classifier import read_card
 from unhorse.scanners.generalist import CARD, Generalist
 
-SPEC = Path(__file__).parent / "specs" / "ours-default-scan.toml"
+SPEC = Path(__file__).parent / "specs" / "ours-random-networks.toml"
 FAILS_ON = (
     "what was measured is in benchmarks/README.md, table ours-default-scan; nothing larger than 10 MMAC, no "
     "image above 32x32, no transformer and no WaNet or Input-Aware Trojan was fitted on; of two groups that "
@@ -44,48 +46,51 @@ def main() -> None:
     spec = ScanningSpec.model_validate(tomllib.loads(SPEC.read_text(encoding="utf-8")))
     cast = Cast(SPEC.parent, options.work)
     cast.build([part.population for part in spec.judged_parts], options.jobs)
-    groups = {selection.population.zoo.name: selection for selection in ScanningTable(spec, cast, 1).judged}
-    members = [(name, member) for name, selection in groups.items() for member in selection.members]
+    folds = ScanningTable(spec, cast, 1).judged
+    members = [(number, member) for number, fold in enumerate(folds) for member in fold.members]
     trial = Trial("generalist", (), spec.seeds[0], (), tuple(member for _, member in members))
     todo = trial.measurements()
     measure_models(todo, workers=options.jobs)
     features = [one.read()["features"] for one in todo]
-    names = [name for name, _ in members]
     trojaned = torch.tensor([member.trojaned for _, member in members])
+    benign = torch.tensor([flag for fold in folds for flag in fold.benign])
 
-    scanner = Generalist().fit(features, trojaned.tolist(), names)
-    scores = scanner.scores(features)
-    fitted_on = {}
-    for name, selection in groups.items():
-        own = torch.tensor([place for place, other in enumerate(names) if other == name])
-        rest = [place for place, other in enumerate(names) if other != name]
-        others = [[each[place] for place in rest] for each in (features, trojaned.tolist(), names)]
-        stranger = Generalist().fit(*others)
-        flagged = stranger.scores([features[place] for place in own]) >= stranger.threshold
-        kinds = trojaned[own]
-        fitted_on[name] = {
-            "data": selection.population.dataset,
-            "architecture": selection.population.zoo.architecture,
-            "benign": int((~kinds).sum()),
-            "trojaned": int(kinds.sum()),
-            "flagged_by_the_others'_threshold": {
-                "benign": round(float(flagged[~kinds].double().mean()), 3),
-                "trojaned": round(float(flagged[kinds].double().mean()), 3),
-            },
-        }
+    scanner = Generalist().fit(features, trojaned.tolist())
+    flagged = torch.zeros(len(members), dtype=torch.bool)
+    for number in range(len(folds)):
+        own = [place for place, (other, _) in enumerate(members) if other == number]
+        rest = [place for place, (other, _) in enumerate(members) if other != number]
+        stranger = Generalist().fit(
+            [features[place] for place in rest], [bool(trojaned[place]) for place in rest]
+        )
+        flagged[own] = stranger.scores([features[place] for place in own]) >= stranger.threshold
+    cards: list[Any] = [read_card(member.folder) for _, member in members]
+    classes = [len(card["class_names"]) for card in cards]
     card = {
         "norms": scanner.norms,
         "threshold": scanner.threshold,
         "corroborated": scanner.corroborated,
         "method": "docs/methods/generalist.md",
-        "fitted_on": fitted_on,
-        "auroc": auroc(scores, trojaned),
+        "fitted_on": {
+            "populations": "zoo-random",
+            "data": sorted({Path(card["spec"]["data"]["source"]).name for card in cards}),
+            "architectures": sorted({card["architecture"]["name"] for card in cards}),
+            "image_sizes": sorted({card["image_shape"][1] for card in cards}),
+            "classes": [min(classes), max(classes)],
+            "benign": int(benign.sum()),
+            "trojaned": int(trojaned.sum()),
+        },
+        "flagged_by_the_threshold_of_the_other_folds": {
+            "benign": round(float(flagged[benign].double().mean()), 3),
+            "trojaned": round(float(flagged[trojaned].double().mean()), 3),
+        },
+        "auroc": auroc(scanner.scores(features), trojaned),
         "fails_on": FAILS_ON,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "provenance": provenance(),
     }
     options.output.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    print(f"{len(members)} models of {len(groups)} populations, threshold {scanner.threshold:.3f}")
+    print(f"{len(members)} models in {len(folds)} folds, threshold {scanner.threshold:.3f}")
     print(options.output)
 
 

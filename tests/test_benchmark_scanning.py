@@ -589,6 +589,29 @@ def test_a_learned_method_is_fitted_and_calibrated_without_the_population_it_jud
     assert {row["trained_on"] for row in rows} == {"blended+patch+placebo"}
 
 
+def test_many_small_populations_are_left_out_in_folds_with_rows_over_all_of_them_only(place):
+    method = 'methods = [{ name = "centred" }]'
+    apart = of(run(place, LEFT_OUT + method), dataset="all")
+    folds = run(place, LEFT_OUT + "folds = 3\n" + method)  # three populations: each is a fold
+    known = ("attack", "mode", "metric", "value", "n", "split", "trained_on")
+    assert apart
+    assert [[row[name] for name in known] for row in folds] == [
+        [row[name] for name in known] for row in apart
+    ]
+
+
+def test_the_populations_of_a_fold_are_judged_together(place):
+    run(
+        place,
+        LEFT_OUT.replace("family.toml", 'family.toml" }, { population = "home.toml", split = "held-back')
+        + 'folds = 3\nmethods = [{ name = "learner" }]',
+    )
+    homes = [{folder.parent.parent.name for folder in folders} for folders in Learner.judged]
+    assert max(len(names) for names in homes) == 2
+    for fitted, judged in zip(Learner.fits, homes, strict=True):
+        assert not {folder.parent.parent.name for folder in fitted} & judged
+
+
 def test_no_fit_of_leave_one_out_sees_what_it_scores(place):
     run(place, LEFT_OUT + 'methods = [{ name = "learner" }]')
     assert len(Learner.fits) == len(Learner.judged) == 9
@@ -618,6 +641,7 @@ def test_no_fit_of_leave_one_out_sees_what_it_scores(place):
         (JUDGED.replace("patch", "pach") + 'methods = [{ name = "marked" }]', "no group 'pach'"),
         (JUDGED.replace('"benign", ', "") + 'methods = [{ name = "marked" }]', "no benign models"),
         ('leave_one_out = true\njudge = [{ population = "home.toml" }]\nmethods = []', "at least 3"),
+        (JUDGED + "folds = 3\nmethods = []", "leave_one_out = true"),
         (JUDGED.replace("}]", "}, { population = 'home.toml' }]") + "methods = []", "judged twice"),
     ],
 )

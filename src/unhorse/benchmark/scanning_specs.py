@@ -55,8 +55,9 @@ class ScanningSpec(Spec):
 
     `population` is short for all groups of one zoo spec, fitted on and held back, without rows that pool
     them. `sizes` makes learning curves: numbers of models to fit on. With `leave_one_out` each population of
-    `judge` is judged by what the others teach. `dataset` and `trained_on` are those of the models unless
-    given.
+    `judge` is judged by what the others teach; with `folds`, where they are many and small, every so-manieth
+    of them together, and there are rows over all of them only. `dataset` and `trained_on` are those of the
+    models unless given.
     """
 
     table: str
@@ -65,6 +66,7 @@ class ScanningSpec(Spec):
     fit: tuple[FittedSpec, ...] = ()
     judge: tuple[JudgedSpec, ...] = ()
     leave_one_out: bool = False
+    folds: int | None = Field(default=None, ge=3)
     sizes: tuple[int, ...] = ()
     trained_on: str | None = None
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -78,6 +80,8 @@ class ScanningSpec(Spec):
             raise ValueError(
                 "leave_one_out fits on the other populations of `judge`: leave out fit and sizes"
             )
+        if self.folds is not None and not self.leave_one_out:
+            raise ValueError("folds are left out in turn: say leave_one_out = true too")
         learning = [method.name for method in self.methods if METHODS[method.name].learns]
         if learning and not (self.population or self.fit or self.leave_one_out):
             raise ValueError(f"{learning[0]} learns from models: name some in `fit`")

@@ -47,6 +47,9 @@ class ScanningTable:
         self.spec = spec
         split = None if spec.leave_one_out else "held-back"
         self.judged = list(cast.judged(spec.judged_parts, split, workers))  # type: ignore[arg-type]
+        if spec.folds is not None:
+            parts = [self.judged[first :: spec.folds] for first in range(min(spec.folds, len(self.judged)))]
+            self.judged = [_together(part, number) for number, part in enumerate(parts)]
         self.fitted = list(cast.fitted(spec.fitted_parts))
         labels = Counter(selection.label for selection in self.judged)
         if twice := [label for label, count in labels.items() if count > 1]:
@@ -116,7 +119,8 @@ class ScanningTable:
                     found = LeftOut(selection, finding)
                     key = (run.trial.method, run.trial.options, run.trial.seed)
                     left_out.setdefault(key, []).append((shared, found))
-                    yield from left_out_rows(shared, found)
+                    if self.spec.folds is None:
+                        yield from left_out_rows(shared, found)
                 else:
                     pooled = self.spec.population is None
                     yield from finding_rows(shared, selection, finding, outcome["threshold"], pooled=pooled)
@@ -194,6 +198,16 @@ class ScanningTable:
         others = {each.population.zoo.name for each in self.judged} - {name}
         elsewhere = not self.spec.leave_one_out and name not in home and bool(home or others)
         return ({"judged": name} if elsewhere else {}) | _variant_options(selection.variant)
+
+
+def _together(several: Sequence[Selection], number: int) -> Selection:
+    """The models of several populations as one, which is called after the first and its number."""
+    first = several[0].population
+    name = f"{first.zoo.name} and {len(several) - 1} more, fold {number}"
+    kinds = {group: kind for selection in several for group, kind in selection.kinds.items()}
+    members = tuple(member for selection in several for member in selection.members)
+    named = replace(first, zoo=first.zoo.model_copy(update={"name": name}))
+    return Selection(named, several[0].split, kinds, members)
 
 
 def _party(selection: Selection) -> Party:

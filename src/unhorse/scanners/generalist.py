@@ -88,19 +88,18 @@ class Generalist:
         """Only norms and thresholds are learned, from benign models of `groups`, of which each counts the
         same.
         """
-        several: dict[object, list[Mapping[str, Any]]] = {}
-        for each, flag, group in zip(features, trojaned, groups or [0] * len(features), strict=True):
-            if not flag:
-                several.setdefault(group, []).append(each)
-        if not several:
+        names = [
+            group for flag, group in zip(trojaned, groups or [0] * len(features), strict=True) if not flag
+        ]
+        calm = [each for flag, each in zip(trojaned, features, strict=True) if not flag]
+        if not calm:
             raise ValueError("no benign models: thresholds are made of their scores")
-        least = min(len(own) for own in several.values())
-        calm = [each for own in several.values() for each in own[:least]]
+        weights = [1 / names.count(name) for name in names]
         numbers = [_numbers(Readings.read(each)) for each in calm]
-        self.norms = {test: _norm([each[test] for each in numbers]) for test in self.norms}
-        scores = self.scores(calm)
-        self.threshold = float(scores.quantile(1 - FALSE_POSITIVES))
-        self.corroborated = float(scores.quantile(1 - CORROBORATED))
+        self.norms = {test: _norm([each[test] for each in numbers], weights) for test in self.norms}
+        scores = self.scores(calm).tolist()
+        self.threshold = _quantile(scores, weights, 1 - FALSE_POSITIVES)
+        self.corroborated = _quantile(scores, weights, 1 - CORROBORATED)
         return self
 
     @property
@@ -237,10 +236,20 @@ def _numbers(readings: Readings) -> dict[str, float]:
     }
 
 
-def _norm(numbers: Sequence[float]) -> tuple[float, float]:
+def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
     """Centre and width of benign models' numbers."""
-    centre, rim = torch.tensor(numbers, dtype=torch.float64).quantile(torch.tensor([CENTRE, RIM]).double())
-    return float(centre), max(float(rim - centre), LEAST_WIDTH)
+    centre, rim = (_quantile(numbers, weights, share) for share in (CENTRE, RIM))
+    return centre, max(rim - centre, LEAST_WIDTH)
+
+
+def _quantile(numbers: Sequence[float], weights: Sequence[float], share: float) -> float:
+    """The least of the numbers that, with those below it, has that share of all weight."""
+    total, reached = share * sum(weights), 0.0
+    for number, weight in sorted(zip(numbers, weights, strict=True)):
+        reached += weight
+        if reached >= total - 1e-9:
+            return number
+    return max(numbers)
 
 
 class _Steps:
