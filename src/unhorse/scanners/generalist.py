@@ -97,9 +97,9 @@ class Generalist:
         weights = [1 / names.count(name) for name in names]
         numbers = [_numbers(Readings.read(each)) for each in calm]
         self.norms = {test: _norm([each[test] for each in numbers], weights) for test in self.norms}
-        scores = self.scores(calm).tolist()
-        self.threshold = _quantile(scores, weights, 1 - FALSE_POSITIVES)
-        self.corroborated = _quantile(scores, weights, 1 - CORROBORATED)
+        scores, stranger = self.scores(calm).tolist(), max(weights)  # which weighs, too (split conformal)
+        self.threshold = _quantile(scores, weights, 1 - FALSE_POSITIVES, stranger)
+        self.corroborated = _quantile(scores, weights, 1 - CORROBORATED, stranger)
         return self
 
     @property
@@ -242,9 +242,13 @@ def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, fl
     return centre, max(rim - centre, LEAST_WIDTH)
 
 
-def _quantile(numbers: Sequence[float], weights: Sequence[float], share: float) -> float:
-    """The least of the numbers that, with those below it, has that share of all weight."""
-    total, reached = share * sum(weights), 0.0
+def _quantile(
+    numbers: Sequence[float], weights: Sequence[float], share: float, further: float = 0.0
+) -> float:
+    """The least of the numbers that, with those below it, has that share of all weight and of a `further` one
+    above them all.
+    """
+    total, reached = share * (sum(weights) + further), 0.0
     for number, weight in sorted(zip(numbers, weights, strict=True)):
         reached += weight
         if reached >= total - 1e-9:
