@@ -18,7 +18,7 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import REACH, TESTS, TITLE, UNEVEN, Generalist
+from unhorse.scanners.generalist import AWAY, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import Readings, lead_of, lead_of_others
 from unhorse.scanners.stamps import StampSearch
@@ -177,14 +177,9 @@ def test_a_stamp_of_its_own_does_more_for_an_image(evidence):
 
 def test_only_a_trojan_makes_one_stamp_as_good_as_many(evidence):
     readings = {name: found.readings() for name, found in evidence.items()}
-    towards = {name: several.universality() for name, several in readings.items()}
-    assert towards["single"].max() > 0.85 > 0.7 > towards["benign"].max()
-    reach = {name: several.reach() for name, several in readings.items()}
-    assert reach["single"].max() > 0 > reach["benign"].max()
-    assert int(readings["single"].targets[reach["single"].argmax()]) == TARGET
-    assert readings["single"].unevenness() > 2 * readings["benign"].unevenness()
-    assert readings["single"].favour() > 1 > 0.2 > readings["benign"].favour()
-    assert int(readings["single"].targets[towards["single"].argmax()]) == TARGET
+    towards = {name: several.favour() for name, several in readings.items()}
+    assert towards["single"] > 1 > 0.5 > towards["benign"]
+    assert int(readings["single"].targets[readings["single"].rises().argmax()]) == TARGET
     away = {name: several.astray() for name, several in readings.items()}
     assert away["all"] > away["benign"] + 0.3
 
@@ -249,7 +244,7 @@ def test_readings_survive_json(evidence):
     readings = evidence["single"].readings()
     again = Readings.read(json.loads(json.dumps(readings.record())))
     assert torch.equal(again.labels, readings.labels) and torch.equal(again.bearers, readings.bearers)
-    assert torch.allclose(again.universality(), readings.universality(), rtol=1e-3)
+    assert torch.allclose(again.rises(), readings.rises(), rtol=1e-3)
     assert again.astray() == pytest.approx(readings.astray(), rel=1e-3)
 
 
@@ -275,39 +270,31 @@ def readings_of(**fields: Tensor) -> Readings:
 
 def test_the_numbers_are_known_and_free_of_scale():
     readings = readings_of()
-    assert readings.universality().tolist() == pytest.approx([0.25, 0.25])
-    assert readings.reach().tolist() == pytest.approx([-0.75, -0.75])
-    assert readings.astray() == pytest.approx(0) and readings.unevenness() == pytest.approx(0)
-    assert readings.favour() == pytest.approx(0)
+    assert readings.rises().tolist() == pytest.approx([0.25, 0.25])
+    assert readings.favour() == pytest.approx(0) and readings.astray() == pytest.approx(0)
     larger = readings_of(
         **{name: 7 * getattr(readings, name) for name in ("logits", "away_all", "towards_all")}
     )
-    assert larger.universality().tolist() == pytest.approx([0.25, 0.25])
-    assert larger.reach().tolist() == pytest.approx([-0.75, -0.75])
-    assert larger.astray() == pytest.approx(0)
+    assert larger.rises().tolist() == pytest.approx([0.25, 0.25])
     further = readings_of(away_all=torch.full((3,), -2.0))
-    assert further.astray() == pytest.approx(math.log(2))
+    assert further.astray() == pytest.approx(math.log(2)) and further.favour() == pytest.approx(0)
 
 
 def test_the_images_of_the_target_do_not_count():
     towards = torch.tensor([[-99.0, 0.0, 2.0], [-3.0, -99.0, -3.0]])
     uneven = readings_of(towards_all=towards)
-    assert uneven.universality().tolist() == pytest.approx([1.25, 0.25])
-    assert uneven.reach().tolist() == pytest.approx([0.25, -0.75])
-    assert uneven.unevenness() == pytest.approx(math.sqrt(0.5))
-    assert uneven.favour() == pytest.approx(1.0)
+    assert uneven.rises().tolist() == pytest.approx([1.25, 0.25])
+    assert uneven.favour() == pytest.approx(math.log(5))  # the median is the lower of two
     own = torch.zeros(3, dtype=torch.int64)
     alone = readings_of(labels=own, logits=4 * torch.eye(3)[own], towards_all=towards)
-    assert float(alone.universality()[0]) == float(alone.reach()[0]) == 0
+    assert float(alone.rises()[0]) == 0
 
 
 def test_where_stamps_do_nothing_nothing_is_divided_by_it():
-    still = {name: torch.full((3,), -4.0) for name in ("away_all", "away_each")}
-    unmoved = readings_of(
-        **still, towards_all=torch.full((2, 3), -4.0), towards_each=torch.full((2, 2), -4.0)
-    )
-    assert unmoved.astray() == unmoved.unevenness() == 0
-    assert unmoved.universality().tolist() == [0, 0]
+    still = torch.full((3,), -4.0)
+    unmoved = readings_of(away_all=still, towards_all=torch.full((2, 3), -4.0))
+    assert unmoved.favour() == unmoved.astray() == 0
+    assert unmoved.rises().tolist() == [0, 0]
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -321,19 +308,19 @@ def test_unseen_models_are_told_apart(fitted):
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
     def scored(number: float) -> dict[str, Any]:
-        return readings_of(towards_all=torch.full((2, 3), 4 * number)).record()
+        return readings_of(away_all=torch.full((3,), math.exp(number) - 4)).record()
 
-    scanner = Generalist(norms={REACH: (0.0, 1.0)})
-    assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0)
-    both = Generalist(norms={REACH: (0.0, 1.0), UNEVEN: (0.0, 1.0)})
-    assert float(both.scores([scored(2.0)])) == pytest.approx(1.0)
+    scanner = Generalist(norms={AWAY: (0.0, 1.0)})
+    assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, abs=1e-3)
+    both = Generalist(norms={AWAY: (0.0, 1.0), TOWARDS: (-9.0, 1.0)})
+    assert float(both.scores([scored(2.0)])) == pytest.approx(9.0)
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
-    centre, width = scanner.norms[REACH]
-    assert (centre, width) == pytest.approx((1.0, 2.0))  # half of all weight is at 1, all at 3
-    assert scanner.threshold == pytest.approx(1.0) and scanner.corroborated == pytest.approx(1.0)
-    assert scanner.fit(features, flags).norms[REACH][0] == pytest.approx(3.0)
+    centre, width = scanner.norms[AWAY]
+    assert (centre, width) == pytest.approx((1.0, 2.0), abs=1e-3)  # half of all weight is at 1, all at 3
+    assert scanner.threshold == pytest.approx(1.0) == scanner.corroborated
+    assert scanner.fit(features, flags).norms[AWAY][0] == pytest.approx(3.0, abs=1e-3)
     with pytest.raises(ValueError, match="no benign models"):
         scanner.fit(features, [True] * 15)
 
@@ -353,7 +340,7 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     )
     normed = [float(row[-1]) for row in table.rows]
     assert tuple(row[0] for row in table.rows) == TESTS
-    assert sum(normed) / 4 == pytest.approx(result.score, abs=1e-3)
+    assert max(normed) == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note

@@ -64,7 +64,7 @@ class Evidence(NamedTuple):
         with_own = self.bearers[::2]
         some = with_own[:SHOWN]
         images, labels = images[some], labels[some]
-        best = int(self.readings().reach().argmax())
+        best = int(self.readings().rises().argmax())
         own = best * len(with_own) + torch.arange(len(some), device=images.device)
         target = model.class_names[int(self.targets[best])]
         stamped = {
@@ -83,7 +83,7 @@ class Evidence(NamedTuple):
             len(some),
             "First row: what the model takes for a class however it is disturbed. Below: "
             + "; ".join(stamped)
-            + ". In most benign models one stamp for all does about half of what each image's own does.",
+            + ". A Trojan makes one stamp for all do far more towards one class than towards others.",
         )
 
 

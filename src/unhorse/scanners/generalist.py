@@ -1,4 +1,4 @@
-"""The scanner in the box: four tests whose numbers mean the same in every network."""
+"""The scanner in the box: two tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -23,26 +23,23 @@ from unhorse.scanners.readings import Readings
 CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
-REACH = "how far does one stamp for all lead to a class, of what own classes lead by?"
-FAVOUR = "how much more does it do for one class than for any other?"
-UNEVEN = "how unequal are the classes in how well one stamp for all leads to them?"
-AWAY = "how much more does one stamp for all do away from the own classes than towards a class?"
-TESTS = (REACH, FAVOUR, UNEVEN, AWAY)
+TOWARDS = "how much more does one stamp do for all towards one class than towards the median class?"
+AWAY = "how much more does one stamp do for all away from their own classes than towards the median class?"
+TESTS = (TOWARDS, AWAY)
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TITLE = "Four tests: the score is the mean of the normed numbers"
+TITLE = "Two tests: the score is the larger normed number"
 
 
 @dataclass
 class Generalist:
-    """Four tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
-    How far does one small stamp lead all stand-ins of clean images to one class (Readings.reach), how much
-    further than to any other (Readings.favour), how unequal are the classes in that (Readings.unevenness),
-    and how much more does a stamp do that leads away from the images' own classes, wherever that leads
-    (Readings.astray)? `norms` are the centre and the width of each
-    number among benign models of populations drawn at random; the score is the mean of the numbers so normed.
+    How much more does one small stamp do, for all stand-ins of clean images, towards one class than towards
+    the median class (Readings.favour), and how much more does one do that leads away from the images' own
+    classes, wherever that leads (Readings.astray)? `norms` are the centre and the width of both numbers among
+    benign models of populations drawn at random; the score is the larger number so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated, and so does the threshold of `outlier` for
     its score (docs/methods). With a `reference` of benign models p-values of 0.05 and 0.2 decide instead.
@@ -52,7 +49,7 @@ class Generalist:
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {REACH: (-0.5, 0.7), FAVOUR: (0.2, 0.5), UNEVEN: (0.1, 0.1), AWAY: (0.0, 0.5)}
+        default_factory=lambda: {TOWARDS: (0.5, 0.5), AWAY: (-0.3, 0.5)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -119,7 +116,7 @@ class Generalist:
 
     @staticmethod
     def _score(normed: Mapping[str, float]) -> float:
-        return sum(normed.values()) / len(normed)
+        return max(normed.values())
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -192,8 +189,8 @@ class Generalist:
         stands_out = self.reference is None and (first.score or 0.0) >= self.outlier.threshold
         flagged = judgement.flagged or (shown and (enough.flagged or stands_out))
         verdict = Verdict.of(flagged=flagged, demonstrated=shown)
-        suspect = int(readings.targets[readings.reach().argmax()])
-        no_target = normed[AWAY] > max(normed[REACH], normed[FAVOUR])
+        suspect = int(readings.targets[readings.rises().argmax()])
+        no_target = normed[AWAY] > normed[TOWARDS]
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
@@ -228,12 +225,7 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {
-        REACH: float(readings.reach().max()),
-        FAVOUR: readings.favour(),
-        UNEVEN: readings.unevenness(),
-        AWAY: readings.astray(),
-    }
+    return {TOWARDS: readings.favour(), AWAY: readings.astray()}
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

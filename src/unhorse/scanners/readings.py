@@ -36,60 +36,33 @@ class Readings(NamedTuple):
     towards_all: Float[Tensor, "t m"]
     towards_each: Float[Tensor, "t half_m"]
 
-    def universality(self) -> Float[Tensor, " t"]:
-        """Per target: what one stamp for all does, as a share of what a stamp of its own does for each: by
-        how much the target's lead rises, on average over the images of other classes; 0 where there are none.
+    def rises(self) -> Float[Tensor, " t"]:
+        """Per target: by how much one stamp for all raises its lead, on average over the images of other
+        classes, as a share of what own classes lead by; 0 where there are none.
         """
-        for_all = self._rises(self.bearers, self.towards_all)
-        for_each = self._rises(self.bearers[::2], self.towards_each)
-        return for_all / for_each.clamp(min=self._least_rise)
-
-    def reach(self) -> Float[Tensor, " t"]:
-        """Per target: its lead under one stamp for all, on average over the images of other classes, as a
-        share of what the images' own classes lead by without it: -1 and less where a stamp does nothing, and
-        above 0 where it wins.
-        """
-        foreign = self._foreign(self.bearers)
-        leads = (self.towards_all.double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
-        return leads / self._typical_lead
+        images, logits = self.bearers, self.logits[self.bearers]
+        before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
+        foreign = (self.labels[images] != self.targets[:, None]).double()
+        risen = ((self.towards_all - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
+        return risen / self._typical_lead
 
     def favour(self) -> float:
-        """By how much more a stamp for all raises the lead of the class that it does most for than that of
-        the next one, as a share of what own classes lead by.
+        """The logarithm of what a stamp does for the class that it does most for, as a multiple of what it
+        does for the median one.
         """
-        rises = self._rises(self.bearers, self.towards_all).topk(2).values
-        return float(rises[0] - rises[1]) / self._typical_lead
-
-    def unevenness(self) -> float:
-        """The standard deviation of the targets' universality."""
-        return float(self.universality().std())
+        return _log_ratio(float(self.rises().max()), float(self.rises().median()))
 
     def astray(self) -> float:
         """The logarithm of what a stamp does that leads all away from their own classes, wherever that leads,
-        as a multiple of what one towards the median target does.
+        as a multiple of what one towards the median class does.
         """
         before = lead_of_others(self.logits, self.labels)
         away = float((self.away_all - before).double().mean()) / self._typical_lead
-        towards = float(self._rises(self.bearers, self.towards_all).median()) / self._typical_lead
-        return log(max(away, LEAST_RISE) / max(towards, LEAST_RISE))
-
-    def _foreign(self, images: Labels) -> Float[Tensor, "t m"]:
-        """1 where an image is of another class than the target."""
-        return (self.labels[images] != self.targets[:, None]).double()
-
-    def _rises(self, images: Labels, under: Float[Tensor, "t m"]) -> Float[Tensor, " t"]:
-        logits = self.logits[images]
-        before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
-        foreign = self._foreign(images)
-        return ((under - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
+        return _log_ratio(away, float(self.rises().median()))
 
     @property
     def _typical_lead(self) -> float:
         return float(-lead_of_others(self.logits, self.labels).double().mean())
-
-    @property
-    def _least_rise(self) -> float:
-        return LEAST_RISE * self._typical_lead
 
     def record(self) -> dict[str, Any]:
         """For JSON: all of it, to DIGITS digits."""
@@ -110,6 +83,10 @@ def lead_of(logits: Logits, targets: Labels) -> Float[Tensor, " n"]:
 def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
     """By how much the best other class leads each image's own."""
     return -lead_of(logits, labels)
+
+
+def _log_ratio(one: float, other: float) -> float:
+    return log(max(one, LEAST_RISE) / max(other, LEAST_RISE))
 
 
 def _rounded(values: Any) -> Any:
