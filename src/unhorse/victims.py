@@ -123,8 +123,7 @@ def train_victim(
     """Trains the victim of `spec` and measures it; returns (classifier, attack, card fields)."""
     started = time.monotonic()
     data, test = _train_and_test(spec.data)
-    if spec.data.images is not None:
-        data = subset(data, min(spec.data.images, len(data)), seed=spec.seed)
+    data = _at_most(data, spec.data.images, spec.seed)
     model, attack = _untrained(spec, data, device)
     log = train(model, data, spec.recipe, seed=spec.seed, attack=attack, checkpoint=checkpoint)
     return model, attack, _card(spec, model, attack, test, log) | {"seconds": _since(started)}
@@ -184,17 +183,16 @@ def train_victims(
 
 def _train_and_test(spec: DataSpec) -> tuple[Dataset, Dataset]:
     data, test = (_data(spec.source, part, spec.size, spec.classes) for part in (spec.train, spec.test))
-    count = len(test) if spec.test_images is None else min(spec.test_images, len(test))
-    return data, test if count == len(test) else subset(test, count, seed=0)
+    return data, _at_most(test, spec.test_images, 0)
+
+
+def _at_most(data: Dataset, count: int | None, seed: int) -> Dataset:
+    return data if count is None else subset(data, min(count, len(data)), seed=seed)
 
 
 def _rows(data: Dataset, spec: VictimSpec) -> torch.Tensor:
-    """Where in `data` a victim's own images are: `subset` on the numbers of the images."""
-    every = torch.arange(len(data))
-    if spec.data.images is None:
-        return every
-    count = min(spec.data.images, len(data))
-    return subset(replace(data, images=every), count, seed=spec.seed).images
+    """Where in `data` a victim's own images are, of which the numbers are taken."""
+    return _at_most(replace(data, images=torch.arange(len(data))), spec.data.images, spec.seed).images
 
 
 def _untrained(
