@@ -167,12 +167,13 @@ def train_victims(
     kinds = [kind_of(attack) for _, attack in made]
     order = sorted(range(len(specs)), key=lambda index: str(kinds[index]))
     groups = [list(group) for _, group in itertools.groupby(order, key=lambda index: kinds[index])]
+    numbers = replace(data, images=torch.arange(len(data)))
     logs = train_stack(
         [made[index][0] for index in order],
         data,
         first.recipe,
         seeds=[specs[index].seed for index in order],
-        rows=[_rows(data, specs[index]) for index in order],
+        rows=[_at_most(numbers, first.data.images, specs[index].seed).images for index in order],
         parts=[part_of([made[index][1] for index in group]) for group in groups],
     )
     log_of = dict(zip(order, logs, strict=True))
@@ -188,11 +189,6 @@ def _train_and_test(spec: DataSpec) -> tuple[Dataset, Dataset]:
 
 def _at_most(data: Dataset, count: int | None, seed: int) -> Dataset:
     return data if count is None else subset(data, min(count, len(data)), seed=seed)
-
-
-def _rows(data: Dataset, spec: VictimSpec) -> torch.Tensor:
-    """Where in `data` a victim's own images are, of which the numbers are taken."""
-    return _at_most(replace(data, images=torch.arange(len(data))), spec.data.images, spec.seed).images
 
 
 def _untrained(
