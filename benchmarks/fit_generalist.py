@@ -28,10 +28,9 @@ from unhorse.scanners.generalist import CARD, Generalist
 
 SPEC = Path(__file__).parent / "specs" / "ours-random-networks.toml"
 FAILS_ON = (
-    "what was measured is in benchmarks/README.md, table ours-default-scan; nothing larger than 10 MMAC, no "
-    "image above 32x32, no transformer and no WaNet or Input-Aware Trojan was fitted on; of two groups that "
-    "nobody had looked at (ours-fresh-groups) it flagged 80 % of GTSRB's benign small CNNs, and 7 % of "
-    "CIFAR-10's infected ones"
+    "what was measured is in benchmarks/README.md, tables ours-random-networks and ours-fresh-groups; nothing "
+    "larger than 10 MMAC, no image above 28x28, no transformer and no WaNet or Input-Aware Trojan was fitted "
+    "on; all-to-all Trojans are hardly told from benign models (AUROC 0.62)"
 )
 
 
