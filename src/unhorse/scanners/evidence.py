@@ -28,17 +28,16 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and stamps on them, one for all and one for
-    each: `away` from the own classes, and `towards` each of `targets` in the stand-ins `bearers` (every
-    second of them has its own).
+    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: `away` from the own
+    classes, and `towards` each of `targets` in the stand-ins `bearers`.
     """
 
     reached: Float[Tensor, " k"]
     stand_ins: StandIns
-    away: tuple[Stamps, Stamps]
+    away: Stamps
     targets: Labels
     bearers: Labels
-    towards: tuple[Stamps, Stamps]
+    towards: Stamps
 
     def readings(self) -> Readings:
         """What numbers are made of, on the CPU."""
@@ -47,30 +46,25 @@ class Evidence(NamedTuple):
             labels=self.stand_ins.inputs.labels,
             held=self.stand_ins.held,
             logits=self.stand_ins.logits,
-            away_all=self.away[0].leads[0],
-            away_each=self.away[1].leads[0],
+            away=self.away.leads[0],
             targets=self.targets,
             bearers=self.bearers,
-            towards_all=self.towards[0].leads,
-            towards_each=self.towards[1].leads,
+            towards=self.towards.leads,
         )
         return Readings(*(values.cpu() for values in readings))
 
     def exhibits(self, model: Classifier) -> Iterator[Exhibit]:
-        """Some stand-ins, and below them under the stamps that come closest to being as good for all as each
-        image's own, with what `model` sees.
+        """Some stand-ins, and below them under the stamp that does most towards a class and under the one
+        that leads away, with what `model` sees.
         """
         images, labels = self.stand_ins.inputs
-        with_own = self.bearers[::2]
-        some = with_own[:SHOWN]
+        some = self.bearers[:: max(1, len(self.bearers) // SHOWN)][:SHOWN]
         images, labels = images[some], labels[some]
         best = int(self.readings().rises().argmax())
-        own = best * len(with_own) + torch.arange(len(some), device=images.device)
         target = model.class_names[int(self.targets[best])]
         stamped = {
-            f"one stamp for all towards {target}": self.towards[0].on(images, best),
-            f"each image's own towards {target}": self.towards[1].on(images, own),
-            "one stamp for all away from the own class": self.away[0].on(images, 0),
+            f"one stamp towards {target}": self.towards.on(images, best),
+            "one stamp away from the own class": self.away.on(images, 0),
         }
         captions = [f"class {model.class_names[label]}" for label in labels.tolist()]
         for rows in stamped.values():
@@ -83,7 +77,7 @@ class Evidence(NamedTuple):
             len(some),
             "First row: what the model takes for a class however it is disturbed. Below: "
             + "; ".join(stamped)
-            + ". A Trojan makes one stamp for all do far more towards one class than towards others.",
+            + ". A Trojan makes one stamp do far more for all images towards one class than towards others.",
         )
 
 
@@ -92,8 +86,8 @@ class EvidenceSearch:
     """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
     largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
 
-    Of the stamps for all, those towards the `restarted` classes that the first ones lead furthest to are
-    searched from `starts` random starts, of which the best one counts: one start often misses a trigger.
+    Stamps towards the `restarted` classes that the first ones lead furthest to are searched from `starts`
+    random starts, of which the best one counts: one start often misses a trigger.
     """
 
     stand_ins: StandInSearch = StandInSearch()
@@ -113,8 +107,7 @@ class EvidenceSearch:
         """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
-        pairs = 2 * images + targets * (bearers + (bearers + 1) // 2)
-        pairs += (self.starts - 1) * min(targets, self.restarted) * bearers
+        pairs = images + (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
         return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
     def run(
@@ -139,18 +132,16 @@ class EvidenceSearch:
             targets = reached.argsort(descending=True)[: self.most_targets].to(labels)
             bearers = torch.linspace(0, count - 1, min(count, self.most_bearers)).round().to(labels)
 
-            def searched(some: Labels, targets: Labels | None, *, each: bool, start: int = 0) -> Stamps:
+            def searched(some: Labels, targets: Labels | None, start: int = 0) -> Stamps:
                 inputs = Inputs(images[some], labels[some])
                 stamps = replace(self.stamps, seed=self.stamps.seed + start)
-                return stamps.run(model, inputs, targets, for_each=each, precision=precision, clock=clock)
+                return stamps.run(model, inputs, targets, precision, clock)
 
-            everyone = torch.arange(count, device=labels.device)
-            away = searched(everyone, None, each=False), searched(everyone, None, each=True)
-            for_all = searched(bearers, targets, each=False)
+            away = searched(torch.arange(count, device=labels.device), None)
+            towards = searched(bearers, targets)
             foreign = labels[bearers] != targets[:, None]
-            furthest = for_all.mean_leads(foreign).argsort(descending=True)[: self.restarted]
+            furthest = towards.mean_leads(foreign).argsort(descending=True)[: self.restarted]
             for start in range(1, self.starts):
-                again = searched(bearers, targets[furthest], each=False, start=start)
-                for_all = for_all.improved(again, furthest, foreign)
-            towards = for_all, searched(bearers[::2], targets, each=True)
+                again = searched(bearers, targets[furthest], start)
+                towards = towards.improved(again, furthest, foreign)
             return Evidence(reached, stand_ins, away, targets, bearers, towards)

@@ -20,30 +20,27 @@ LEAST_RISE = 0.05
 
 class Readings(NamedTuple):
     """Margins `reached` (k,); of n stand-ins their `labels`, how often they are `held` when disturbed (n,)
-    and their `logits`. Leads under stamps, one for all and one for each: `away_all` and `away_each` are those
-    of the best class but the image's own, in every stand-in; `towards_all` and `towards_each` are those of
-    each of `targets`, in the stand-ins `bearers` and in every second of these.
+    and their `logits`. Leads under stamps: `away` are those of the best class but the image's own, in every
+    stand-in; `towards` those of each of `targets`, in the stand-ins `bearers`.
     """
 
     reached: Float[Tensor, " k"]
     labels: Labels
     held: Float[Tensor, " n"]
     logits: Logits
-    away_all: Float[Tensor, " n"]
-    away_each: Float[Tensor, " n"]
+    away: Float[Tensor, " n"]
     targets: Labels
     bearers: Labels
-    towards_all: Float[Tensor, "t m"]
-    towards_each: Float[Tensor, "t half_m"]
+    towards: Float[Tensor, "t m"]
 
     def rises(self) -> Float[Tensor, " t"]:
-        """Per target: by how much one stamp for all raises its lead, on average over the images of other
+        """Per target: by how much one stamp raises its lead, on average over the images of other
         classes, as a share of what own classes lead by; 0 where there are none.
         """
         images, logits = self.bearers, self.logits[self.bearers]
         before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
         foreign = (self.labels[images] != self.targets[:, None]).double()
-        risen = ((self.towards_all - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
+        risen = ((self.towards - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
         return risen / self._typical_lead
 
     def favour(self) -> float:
@@ -57,7 +54,7 @@ class Readings(NamedTuple):
         as a multiple of what one towards the median class does.
         """
         before = lead_of_others(self.logits, self.labels)
-        away = float((self.away_all - before).double().mean()) / self._typical_lead
+        away = float((self.away - before).double().mean()) / self._typical_lead
         return _log_ratio(away, float(self.rises().median()))
 
     @property

@@ -1,4 +1,4 @@
-"""Stamps: small patches that lead a model to a class, one for all images or one for each."""
+"""Stamps: small patches, each of which leads a model to a class whatever the image."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ DEVIATION = 0.5
 
 
 class Stamps(NamedTuple):
-    """Masks and patterns of the patches, and the leads of each of t targets in each of n images under its
+    """Masks and patterns of t patches, one per target, and each target's lead in each of n images under its
     patch; without targets t is 1, and a lead is that of the best class but the image's own.
     """
 
-    masks: Float[Tensor, "s 1 h w"]
-    patterns: Float[Tensor, "s c h w"]
+    masks: Float[Tensor, "t 1 h w"]
+    patterns: Float[Tensor, "t c h w"]
     leads: Float[Tensor, "t n"]
 
-    def on(self, images: Images, stamp: int | Tensor) -> Images:
-        """Images under one of the patches, or each under one."""
+    def on(self, images: Images, stamp: int) -> Images:
+        """Images under one of the patches."""
         return images + self.masks[stamp] * (self.patterns[stamp] - images)
 
     def mean_leads(self, counted: Bool[Tensor, "t n"]) -> Float[Tensor, " t"]:
@@ -39,7 +39,7 @@ class Stamps(NamedTuple):
         return (self.leads * counted).sum(1) / counted.sum(1).clamp(min=1)
 
     def improved(self, others: Stamps, places: Labels, counted: Bool[Tensor, "t n"]) -> Stamps:
-        """With `others`, stamps for all images towards the targets at `places`, where these lead further, on
+        """With `others`, stamps towards the targets at `places`, where these lead further, on
         average over the images that are `counted`.
         """
         better = others.mean_leads(counted[places]) > self.mean_leads(counted)[places]
@@ -56,8 +56,8 @@ class Stamps(NamedTuple):
 class StampSearch:
     """Optimises patches whose opaque mass is `area`, a share of the pixels: they place and shape themselves.
 
-    One patch may serve all images or each image have its own; it leads to a target class, or away from the
-    image's own wherever that leads. All start from the same colours, spread evenly, and take `steps` steps.
+    One patch serves all images; it leads to a target class, or away from each image's own wherever that
+    leads. All start from the same colours, spread evenly, and take `steps` steps.
     """
 
     area: float = 0.02
@@ -74,16 +74,14 @@ class StampSearch:
         model: Classifier,
         inputs: Inputs,
         targets: Labels | None = None,
-        *,
-        for_each: bool = False,
         precision: Precision = "auto",
         clock: Countdown | None = None,
     ) -> Stamps:
-        """A stamp per target, or per target and image, for images with their classes; call it inside
-        `frozen(model)`. TimeUp when the clock's budget is spent.
+        """A stamp per target for images with their classes; call it inside `frozen(model)`. TimeUp when the
+        clock's budget is spent.
         """
         clock, at_once = clock or Countdown(), chunk_size(model)
-        pairs = _Pairs(model, inputs, targets, for_each, self.area, precision, clock, at_once)
+        pairs = _Pairs(model, inputs, targets, self.area, precision, clock, at_once)
         rng = torch.Generator().manual_seed(self.seed)
         shape = inputs.images.shape[1:]
         colours = (DEVIATION * torch.randn(1, *shape, generator=rng)).to(inputs.images)
@@ -96,7 +94,7 @@ class StampSearch:
                 leaf.requires_grad_(True)
             sums = [torch.zeros_like(leaf) for leaf in leaves]
             for leads, foreign in pairs.under(places, colours):
-                loss = -(leads * foreign).sum() / pairs.bearers
+                loss = -(leads * foreign).sum() / len(inputs.images)
                 for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                     total += gradient
             for leaf in leaves:
@@ -109,29 +107,19 @@ class StampSearch:
 
 @dataclass(frozen=True)
 class _Pairs:
-    """Every target with every image, and the stamp that each pair goes by."""
+    """Every target, and so every stamp, with every image."""
 
     model: Classifier
     inputs: Inputs
     targets: Labels | None
-    for_each: bool
     area: float
     precision: Precision
     clock: Countdown
     at_once: int
 
     @property
-    def count(self) -> int:
-        return len(self.inputs.images) * (1 if self.targets is None else len(self.targets))
-
-    @property
-    def bearers(self) -> int:
-        """How many images bear each stamp."""
-        return 1 if self.for_each else len(self.inputs.images)
-
-    @property
     def stamps(self) -> int:
-        return self.count // self.bearers
+        return 1 if self.targets is None else len(self.targets)
 
     def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The lead of each pair, and whether the image's own class is another than the target; in parts that
@@ -139,16 +127,17 @@ class _Pairs:
         """
         images, labels = self.inputs
         low_precision = uses_bf16(self.model, self.precision)
-        for part in torch.arange(self.count, device=images.device).split(self.at_once):
+        count = self.stamps * len(images)
+        for part in torch.arange(count, device=images.device).split(self.at_once):
             self.clock.passed(len(part))
-            image, stamp = part % len(images), part // self.bearers
+            image, stamp = part % len(images), part // len(images)
             with autocast(images.device, low_precision):
                 clean, mask = images[image], _masks(places[stamp], self.area)
                 logits = self.model(clean + mask * (colours[stamp].sigmoid() - clean)).float()
             if self.targets is None:
                 yield lead_of_others(logits, labels[image]), torch.ones_like(logits[:, 0])
             else:
-                targets = self.targets[part // len(images)]
+                targets = self.targets[stamp]
                 yield lead_of(logits, targets), (targets != labels[image]).float()
 
 
