@@ -20,8 +20,8 @@ from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
 from unhorse.scanners.generalist import AWAY, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
-from unhorse.scanners.readings import Readings, lead_of, lead_of_others
-from unhorse.scanners.stamps import StampSearch
+from unhorse.scanners.readings import Readings, lead_of, lead_of_others, leads_of_all
+from unhorse.scanners.stamps import StampSearch, permuted
 from unhorse.scanners.stand_ins import StandInSearch
 
 SHAPE = (1, 16, 16)
@@ -150,12 +150,13 @@ def test_leads_are_known():
 
 def test_patches_have_their_mass(evidence):
     found = evidence["benign"]
-    for several in (found.away, found.towards):
+    for several in (found.away, found.permuting, found.towards):
         assert (several.masks.sum((1, 2, 3)) <= 0.04 * 256 + 1e-3).all()
         assert several.masks.min() >= 0 and several.masks.max() <= 1
     # of 36 stand-ins 24 bear the stamps towards the 6 targets
-    assert len(found.away.masks) == 1 and len(found.towards.masks) == 6
-    assert found.away.leads.shape == (1, 36) and found.towards.leads.shape == (6, 24)
+    assert [len(several.masks) for several in (found.away, found.permuting, found.towards)] == [1, 1, 6]
+    assert found.away.leads.shape == found.permuting.leads.shape == (1, 36)
+    assert found.towards.leads.shape == (6, 24)
 
 
 def test_the_leads_of_stamps_are_those_of_stamped_images(models, evidence):
@@ -177,6 +178,30 @@ def test_only_a_trojan_makes_one_stamp_do_far_more_than_others(evidence):
     assert int(readings["single"].targets[readings["single"].rises().argmax()]) == TARGET
     away = {name: several.astray() for name, several in readings.items()}
     assert away["all"] > away["benign"] + 0.3
+    reshuffled = {name: several.reshuffled() for name, several in readings.items()}
+    assert reshuffled["all"] > max(reshuffled["benign"], reshuffled["single"]) + 0.3
+
+
+def test_a_stamp_that_permutes_finds_where_an_all_target_trojan_sends_each_class(models, evidence):
+    model, found = models["all"], evidence["all"]
+    images, labels = found.stand_ins.inputs
+    with torch.no_grad():
+        seen = model(found.permuting.on(images, 0))
+    sent = permuted(seen, labels)
+    assert torch.equal(sent, (labels + 1) % 6)
+    assert torch.allclose(lead_of(seen, sent), found.permuting.leads[0], atol=1e-4)
+
+
+def test_classes_are_permuted_where_leads_are_furthest():
+    logits = torch.tensor(
+        [[9.0, 8.0, 0.0, 5.0], [9.0, 6.0, 0.0, 5.0], [7.0, 0.0, 6.0, 5.0], [8.0, 1.0, 0.0, 9.0]]
+    )
+    # 0 goes to 1 on average of two images; 2 would go to 0, but 3 has nowhere else to go
+    assert permuted(logits, torch.tensor([0, 0, 2, 3])).tolist() == [1, 1, 3, 0]
+    assert permuted(logits[2:3], torch.tensor([2])).tolist() == [0]
+    leads = leads_of_all(logits)
+    for target in range(4):
+        assert torch.equal(leads[:, target], lead_of(logits, torch.full((4,), target)))
 
 
 def test_the_classes_of_the_largest_margins_are_targets(models):
@@ -212,12 +237,19 @@ def test_parts_of_a_pass_change_nothing(models, monkeypatch):
     model = models["single"]
     with frozen(model):
         inputs = StandInSearch(count=12, steps=12).run(model).inputs
-        for targets in (None, torch.tensor([0, TARGET])):
-            search = StampSearch(steps=3)
-            whole = search.run(model, inputs, targets)
+        logits = model(inputs.images)
+        search = StampSearch(steps=3)
+
+        def searched(targets: Tensor | None | str) -> stamps.Stamps:
+            if isinstance(targets, str):
+                return search.permuting(model, inputs, logits)
+            return search.run(model, inputs, targets)
+
+        for targets in (None, torch.tensor([0, TARGET]), "permuted"):
+            whole = searched(targets)
             with monkeypatch.context() as patched:
                 patched.setattr(stamps, "chunk_size", lambda model: 5)
-                parts = search.run(model, inputs, targets)
+                parts = searched(targets)
             assert torch.allclose(whole.leads, parts.leads, atol=1e-3)
             assert torch.allclose(whole.masks, parts.masks, atol=1e-3)
 
@@ -253,6 +285,7 @@ def readings_of(**fields: Tensor) -> Readings:
         "held": torch.ones(3),
         "logits": clean,
         "away": torch.full((3,), -3.0),
+        "permuted": torch.full((3,), -3.0),
         "targets": torch.tensor([0, 1]),
         "bearers": torch.arange(3),
         "towards": torch.full((2, 3), -3.0),
@@ -264,10 +297,14 @@ def test_the_numbers_are_known_and_free_of_scale():
     readings = readings_of()
     assert readings.rises().tolist() == pytest.approx([0.25, 0.25])
     assert readings.favour() == pytest.approx(0) and readings.astray() == pytest.approx(0)
-    larger = readings_of(**{name: 7 * getattr(readings, name) for name in ("logits", "away", "towards")})
+    larger = readings_of(
+        **{name: 7 * getattr(readings, name) for name in ("logits", "away", "permuted", "towards")}
+    )
     assert larger.rises().tolist() == pytest.approx([0.25, 0.25])
+    assert readings.reshuffled() == pytest.approx(-0.75)
     further = readings_of(away=torch.full((3,), -2.0))
     assert further.astray() == pytest.approx(math.log(2)) and further.favour() == pytest.approx(0)
+    assert readings_of(permuted=torch.tensor([1.0, 2.0, 3.0])).reshuffled() == pytest.approx(0.5)
 
 
 def test_the_images_of_the_target_do_not_count():

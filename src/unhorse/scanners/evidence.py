@@ -28,13 +28,14 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: `away` from the own
-    classes, and `towards` each of `targets` in the stand-ins `bearers`.
+    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: one `away` from the own
+    classes, one `permuting` them, and those `towards` each of `targets` in the stand-ins `bearers`.
     """
 
     reached: Float[Tensor, " k"]
     stand_ins: StandIns
     away: Stamps
+    permuting: Stamps
     targets: Labels
     bearers: Labels
     towards: Stamps
@@ -47,6 +48,7 @@ class Evidence(NamedTuple):
             held=self.stand_ins.held,
             logits=self.stand_ins.logits,
             away=self.away.leads[0],
+            permuted=self.permuting.leads[0],
             targets=self.targets,
             bearers=self.bearers,
             towards=self.towards.leads,
@@ -54,8 +56,8 @@ class Evidence(NamedTuple):
         return Readings(*(values.cpu() for values in readings))
 
     def exhibits(self, model: Classifier) -> Iterator[Exhibit]:
-        """Some stand-ins, and below them under the stamp that does most towards a class and under the one
-        that leads away, with what `model` sees.
+        """Some stand-ins, and below them under the stamp that does most towards a class, the one that leads
+        away and the one that permutes, with what `model` sees.
         """
         images, labels = self.stand_ins.inputs
         some = self.bearers[:: max(1, len(self.bearers) // SHOWN)][:SHOWN]
@@ -65,6 +67,7 @@ class Evidence(NamedTuple):
         stamped = {
             f"one stamp towards {target}": self.towards.on(images, best),
             "one stamp away from the own class": self.away.on(images, 0),
+            "one stamp towards another class for each": self.permuting.on(images, 0),
         }
         captions = [f"class {model.class_names[label]}" for label in labels.tolist()]
         for rows in stamped.values():
@@ -77,7 +80,7 @@ class Evidence(NamedTuple):
             len(some),
             "First row: what the model takes for a class however it is disturbed. Below: "
             + "; ".join(stamped)
-            + ". A Trojan makes one stamp do far more for all images towards one class than towards others.",
+            + ". A Trojan makes one stamp do far more towards one class than towards others, or for all.",
         )
 
 
@@ -87,7 +90,8 @@ class EvidenceSearch:
     largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
 
     Stamps towards the `restarted` classes that the first ones lead furthest to are searched from `starts`
-    random starts, of which the best one counts: one start often misses a trigger.
+    random starts, of which the best one counts: one start often misses a trigger. The stamp that permutes
+    classes is searched from `shuffles` starts.
     """
 
     stand_ins: StandInSearch = StandInSearch()
@@ -96,6 +100,7 @@ class EvidenceSearch:
     most_bearers: int = 24
     restarted: int = 2
     starts: int = 6
+    shuffles: int = 3
 
     def seeded(self, seed: int) -> EvidenceSearch:
         """The same, from other random numbers."""
@@ -107,7 +112,9 @@ class EvidenceSearch:
         """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
-        pairs = images + (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
+        pairs = (1 + self.shuffles) * images + (
+            targets + (self.starts - 1) * min(targets, self.restarted)
+        ) * bearers
         return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
     def run(
@@ -138,10 +145,22 @@ class EvidenceSearch:
                 return stamps.run(model, inputs, targets, precision, clock)
 
             away = searched(torch.arange(count, device=labels.device), None)
+            permuting = self._permuting(model, stand_ins, precision, clock)
             towards = searched(bearers, targets)
             foreign = labels[bearers] != targets[:, None]
             furthest = towards.mean_leads(foreign).argsort(descending=True)[: self.restarted]
             for start in range(1, self.starts):
                 again = searched(bearers, targets[furthest], start)
                 towards = towards.improved(again, furthest, foreign)
-            return Evidence(reached, stand_ins, away, targets, bearers, towards)
+            return Evidence(reached, stand_ins, away, permuting, targets, bearers, towards)
+
+    def _permuting(
+        self, model: Classifier, stand_ins: StandIns, precision: Precision, clock: Countdown
+    ) -> Stamps:
+        tries = [
+            replace(self.stamps, seed=self.stamps.seed + start).permuting(
+                model, stand_ins.inputs, stand_ins.logits, precision, clock
+            )
+            for start in range(self.shuffles)
+        ]
+        return max(tries, key=lambda found: float(found.leads.mean()))

@@ -1,4 +1,4 @@
-"""The scanner in the box: two tests whose numbers mean the same in every network."""
+"""The scanner in the box: three tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -25,21 +25,23 @@ FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
 TOWARDS = "how much more does one stamp do for all towards one class than towards the median class?"
 AWAY = "how much more does one stamp do for all away from their own classes than towards the median class?"
-TESTS = (TOWARDS, AWAY)
+PERMUTED = "how far does one stamp lead that sends each class to another, no two to the same?"
+TESTS = (TOWARDS, AWAY, PERMUTED)
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TITLE = "Two tests: the score is the larger normed number"
+TITLE = "Three tests: the score is the largest normed number"
 
 
 @dataclass
 class Generalist:
-    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Three tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
     How much more does one small stamp do, for all stand-ins of clean images, towards one class than towards
     the median class (Readings.favour), and how much more does one do that leads away from the images' own
-    classes, wherever that leads (Readings.astray)? `norms` are the centre and the width of both numbers among
-    benign models of populations drawn at random; the score is the larger number so normed.
+    classes, wherever that leads (Readings.astray)? How far does one lead that sends each class to another one
+    (Readings.reshuffled)? `norms` are the centre and the width of each number among benign models of
+    populations drawn at random; the score is the largest number so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated, and so does the threshold of `outlier` for
     its score (docs/methods). With a `reference` of benign models p-values of 0.05 and 0.2 decide instead.
@@ -49,7 +51,7 @@ class Generalist:
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.5, 0.5), AWAY: (-0.3, 0.5)}
+        default_factory=lambda: {TOWARDS: (0.5, 0.5), AWAY: (-0.3, 0.5), PERMUTED: (-0.7, 0.4)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -190,7 +192,7 @@ class Generalist:
         flagged = judgement.flagged or (shown and (enough.flagged or stands_out))
         verdict = Verdict.of(flagged=flagged, demonstrated=shown)
         suspect = int(readings.targets[readings.rises().argmax()])
-        no_target = normed[AWAY] > normed[TOWARDS]
+        no_target = normed[TOWARDS] < score
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
@@ -225,7 +227,7 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: readings.favour(), AWAY: readings.astray()}
+    return {TOWARDS: readings.favour(), AWAY: readings.astray(), PERMUTED: readings.reshuffled()}
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -20,8 +20,9 @@ LEAST_RISE = 0.05
 
 class Readings(NamedTuple):
     """Margins `reached` (k,); of n stand-ins their `labels`, how often they are `held` when disturbed (n,)
-    and their `logits`. Leads under stamps: `away` are those of the best class but the image's own, in every
-    stand-in; `towards` those of each of `targets`, in the stand-ins `bearers`.
+    and their `logits`. Leads under stamps: `away` are those of the best class but the image's own, `permuted`
+    those of the class that its own is sent to, both in every stand-in; `towards` those of each of `targets`,
+    in the stand-ins `bearers`.
     """
 
     reached: Float[Tensor, " k"]
@@ -29,6 +30,7 @@ class Readings(NamedTuple):
     held: Float[Tensor, " n"]
     logits: Logits
     away: Float[Tensor, " n"]
+    permuted: Float[Tensor, " n"]
     targets: Labels
     bearers: Labels
     towards: Float[Tensor, "t m"]
@@ -57,6 +59,12 @@ class Readings(NamedTuple):
         away = float((self.away - before).double().mean()) / self._typical_lead
         return _log_ratio(away, float(self.rises().median()))
 
+    def reshuffled(self) -> float:
+        """By how much those classes lead, on average, that one stamp sends each class to, no two to the same,
+        as a share of what own classes lead by without it.
+        """
+        return float(self.permuted.double().mean()) / self._typical_lead
+
     @property
     def _typical_lead(self) -> float:
         return float(-lead_of_others(self.logits, self.labels).double().mean())
@@ -75,6 +83,12 @@ def lead_of(logits: Logits, targets: Labels) -> Float[Tensor, " n"]:
     """By how much each image's target leads the best other class."""
     target = targets[:, None]
     return logits.gather(1, target)[:, 0] - logits.scatter(1, target, -torch.inf).amax(1)
+
+
+def leads_of_all(logits: Logits) -> Float[Tensor, "n k"]:
+    """By how much each class leads the best other one in each image."""
+    (first, second), best = logits.topk(2, 1).values.split(1, 1), logits.argmax(1, keepdim=True)
+    return logits - first.expand_as(logits).scatter(1, best, second)
 
 
 def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from unhorse.core import Classifier, Images, Labels
+from unhorse.core import Classifier, Images, Labels, Logits
 from unhorse.models.training import autocast
 from unhorse.scanners.countdown import Countdown
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
-from unhorse.scanners.readings import lead_of, lead_of_others
+from unhorse.scanners.readings import lead_of, lead_of_others, leads_of_all
 
 DEVIATION = 0.5
 """Of the colours' random start, before their sigmoid."""
+NEVER = -1e9
+"""What sending a class to itself gains."""
 
 
 class Stamps(NamedTuple):
     """Masks and patterns of t patches, one per target, and each target's lead in each of n images under its
-    patch; without targets t is 1, and a lead is that of the best class but the image's own.
+    patch; without targets t is 1, and a lead is that of the best class but the image's own, or of the class
+    that the image's own is sent to.
     """
 
     masks: Float[Tensor, "t 1 h w"]
@@ -57,7 +61,8 @@ class StampSearch:
     """Optimises patches whose opaque mass is `area`, a share of the pixels: they place and shape themselves.
 
     One patch serves all images; it leads to a target class, or away from each image's own wherever that
-    leads. All start from the same colours, spread evenly, and take `steps` steps.
+    leads, or each class to another one. All start from the same colours, spread evenly, and take `steps`
+    steps.
     """
 
     area: float = 0.02
@@ -77,11 +82,28 @@ class StampSearch:
         precision: Precision = "auto",
         clock: Countdown | None = None,
     ) -> Stamps:
-        """A stamp per target for images with their classes; call it inside `frozen(model)`. TimeUp when the
-        clock's budget is spent.
+        """A stamp per target for images with their classes, or one that leads away; call it inside
+        `frozen(model)`. TimeUp when the clock's budget is spent.
         """
         clock, at_once = clock or Countdown(), chunk_size(model)
-        pairs = _Pairs(model, inputs, targets, self.area, precision, clock, at_once)
+        return self._optimised(_Pairs(model, inputs, targets, self.area, precision, clock, at_once))
+
+    def permuting(
+        self,
+        model: Classifier,
+        inputs: Inputs,
+        logits: Logits,
+        precision: Precision = "auto",
+        clock: Countdown | None = None,
+    ) -> Stamps:
+        """As `run`: one stamp that sends each class to another one, no two to the same, wherever that leads
+        furthest; `logits` are those of the images without it.
+        """
+        clock, at_once = clock or Countdown(), chunk_size(model)
+        return self._optimised(_Permuted(logits, model, inputs, None, self.area, precision, clock, at_once))
+
+    def _optimised(self, pairs: _Pairs) -> Stamps:
+        inputs = pairs.inputs
         rng = torch.Generator().manual_seed(self.seed)
         shape = inputs.images.shape[1:]
         colours = (DEVIATION * torch.randn(1, *shape, generator=rng)).to(inputs.images)
@@ -105,7 +127,7 @@ class StampSearch:
         return Stamps(_masks(places, self.area), colours.sigmoid(), leads.view(-1, len(inputs.images)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Pairs:
     """Every target, and so every stamp, with every image."""
 
@@ -134,11 +156,44 @@ class _Pairs:
             with autocast(images.device, low_precision):
                 clean, mask = images[image], _masks(places[stamp], self.area)
                 logits = self.model(clean + mask * (colours[stamp].sigmoid() - clean)).float()
-            if self.targets is None:
-                yield lead_of_others(logits, labels[image]), torch.ones_like(logits[:, 0])
-            else:
-                targets = self.targets[stamp]
-                yield lead_of(logits, targets), (targets != labels[image]).float()
+            yield self.led(logits, image, stamp)
+
+    def led(self, logits: Logits, image: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
+        """The lead of pairs whose logits are given, and what each counts."""
+        own = self.inputs.labels[image]
+        if self.targets is None:
+            return lead_of_others(logits, own), torch.ones_like(logits[:, 0])
+        targets = self.targets[stamp]
+        return lead_of(logits, targets), (targets != own).float()
+
+
+class _Permuted(_Pairs):
+    """One stamp with every image. Where it sends each class follows from the logits of the step before, at
+    first from those without it.
+    """
+
+    def __init__(self, logits: Logits, *fields: Any) -> None:
+        super().__init__(*fields)
+        self.last, self.destinations = logits.clone(), permuted(logits, self.inputs.labels)
+
+    def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        self.destinations = permuted(self.last, self.inputs.labels)
+        yield from super().under(places, colours)
+
+    def led(self, logits: Logits, image: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
+        self.last[image] = logits.detach()
+        return lead_of(logits, self.destinations[image]), torch.ones_like(logits[:, 0])
+
+
+def permuted(logits: Logits, labels: Labels) -> Labels:
+    """The class that each image's own is sent to: no class to itself and no two to the same, and of all such
+    ways the one whose classes lead furthest in the logits (n, k), on average over the images of each class.
+    """
+    known, leads = labels.unique(), leads_of_all(logits)
+    gains = torch.stack([leads[labels == own].mean(0) for own in known])
+    gains[torch.arange(len(known)), known] = NEVER
+    _, best = linear_sum_assignment(gains.cpu().numpy(), maximize=True)
+    return torch.from_numpy(best).to(labels)[torch.searchsorted(known, labels)]
 
 
 def _masks(places: Tensor, area: float) -> Tensor:
