@@ -112,9 +112,8 @@ class EvidenceSearch:
         """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
-        pairs = (1 + self.shuffles) * images + (
-            targets + (self.starts - 1) * min(targets, self.restarted)
-        ) * bearers
+        pairs = (1 + self.shuffles) * images
+        pairs += (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
         return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
     def run(
@@ -157,6 +156,7 @@ class EvidenceSearch:
     def _permuting(
         self, model: Classifier, stand_ins: StandIns, precision: Precision, clock: Countdown
     ) -> Stamps:
+        """The one of several starts that leads furthest."""
         tries = [
             replace(self.stamps, seed=self.stamps.seed + start).permuting(
                 model, stand_ins.inputs, stand_ins.logits, precision, clock
