@@ -28,17 +28,18 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: one `away` from the own
-    classes, one `permuting` them, and those `towards` each of `targets` in the stand-ins `bearers`.
+    """What was found in a model: its margins (k,), its stand-ins, and stamps on them, one for all and one for
+    each: `away` from the own classes, and `towards` each of `targets` in the stand-ins `bearers` (every
+    second of them has its own); and one stamp `permuting` the classes.
     """
 
     reached: Float[Tensor, " k"]
     stand_ins: StandIns
-    away: Stamps
+    away: tuple[Stamps, Stamps]
     permuting: Stamps
     targets: Labels
     bearers: Labels
-    towards: Stamps
+    towards: tuple[Stamps, Stamps]
 
     def readings(self) -> Readings:
         """What numbers are made of, on the CPU."""
@@ -47,11 +48,13 @@ class Evidence(NamedTuple):
             labels=self.stand_ins.inputs.labels,
             held=self.stand_ins.held,
             logits=self.stand_ins.logits,
-            away=self.away.leads[0],
+            away_all=self.away[0].leads[0],
+            away_each=self.away[1].leads[0],
             permuted=self.permuting.leads[0],
             targets=self.targets,
             bearers=self.bearers,
-            towards=self.towards.leads,
+            towards_all=self.towards[0].leads,
+            towards_each=self.towards[1].leads,
         )
         return Readings(*(values.cpu() for values in readings))
 
@@ -65,8 +68,8 @@ class Evidence(NamedTuple):
         best = int(self.readings().rises().argmax())
         target = model.class_names[int(self.targets[best])]
         stamped = {
-            f"one stamp towards {target}": self.towards.on(images, best),
-            "one stamp away from the own class": self.away.on(images, 0),
+            f"one stamp towards {target}": self.towards[0].on(images, best),
+            "one stamp away from the own class": self.away[0].on(images, 0),
             "one stamp towards another class for each": self.permuting.on(images, 0),
         }
         captions = [f"class {model.class_names[label]}" for label in labels.tolist()]
@@ -89,9 +92,9 @@ class EvidenceSearch:
     """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
     largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
 
-    Stamps towards the `restarted` classes that the first ones lead furthest to are searched from `starts`
-    random starts, of which the best one counts: one start often misses a trigger. The stamp that permutes
-    classes is searched from `shuffles` starts.
+    Stamps for all towards the `restarted` classes that the first ones lead furthest to are searched from
+    `starts` random starts, of which the best one counts: one start often misses a trigger. The one that
+    permutes classes is searched from `shuffles` starts.
     """
 
     stand_ins: StandInSearch = StandInSearch()
@@ -112,7 +115,7 @@ class EvidenceSearch:
         """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
-        pairs = (1 + self.shuffles) * images
+        pairs = (2 + self.shuffles) * images + targets * ((bearers + 1) // 2)
         pairs += (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
         return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
@@ -138,19 +141,21 @@ class EvidenceSearch:
             targets = reached.argsort(descending=True)[: self.most_targets].to(labels)
             bearers = torch.linspace(0, count - 1, min(count, self.most_bearers)).round().to(labels)
 
-            def searched(some: Labels, targets: Labels | None, start: int = 0) -> Stamps:
+            def searched(some: Labels, targets: Labels | None, *, each: bool, start: int = 0) -> Stamps:
                 inputs = Inputs(images[some], labels[some])
                 stamps = replace(self.stamps, seed=self.stamps.seed + start)
-                return stamps.run(model, inputs, targets, precision, clock)
+                return stamps.run(model, inputs, targets, for_each=each, precision=precision, clock=clock)
 
-            away = searched(torch.arange(count, device=labels.device), None)
+            everyone = torch.arange(count, device=labels.device)
+            away = searched(everyone, None, each=False), searched(everyone, None, each=True)
             permuting = self._permuting(model, stand_ins, precision, clock)
-            towards = searched(bearers, targets)
+            for_all = searched(bearers, targets, each=False)
             foreign = labels[bearers] != targets[:, None]
-            furthest = towards.mean_leads(foreign).argsort(descending=True)[: self.restarted]
+            furthest = for_all.mean_leads(foreign).argsort(descending=True)[: self.restarted]
             for start in range(1, self.starts):
-                again = searched(bearers, targets[furthest], start)
-                towards = towards.improved(again, furthest, foreign)
+                again = searched(bearers, targets[furthest], each=False, start=start)
+                for_all = for_all.improved(again, furthest, foreign)
+            towards = for_all, searched(bearers[::2], targets, each=True)
             return Evidence(reached, stand_ins, away, permuting, targets, bearers, towards)
 
     def _permuting(
@@ -159,7 +164,7 @@ class EvidenceSearch:
         """The one of several starts that leads furthest."""
         tries = [
             replace(self.stamps, seed=self.stamps.seed + start).permuting(
-                model, stand_ins.inputs, stand_ins.logits, precision, clock
+                model, stand_ins.inputs, stand_ins.logits, precision=precision, clock=clock
             )
             for start in range(self.shuffles)
         ]

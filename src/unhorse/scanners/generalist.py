@@ -23,8 +23,8 @@ from unhorse.scanners.readings import Readings
 CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
-TOWARDS = "how much more does one stamp do for all towards one class than towards the median class?"
-AWAY = "how much more does one stamp do for all away from their own classes than towards the median class?"
+TOWARDS = "how far does a stamp stand out that leads all images to one class?"
+AWAY = "how far does one stand out that leads all images away from their own classes?"
 PERMUTED = "how far does one stamp lead that sends each class to another, no two to the same?"
 TESTS = (TOWARDS, AWAY, PERMUTED)
 CENTRE, RIM = 0.5, 0.95
@@ -37,8 +37,8 @@ TITLE = "Three tests: the score is the largest normed number"
 class Generalist:
     """Three tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
-    How much more does one small stamp do, for all stand-ins of clean images, towards one class than towards
-    the median class (Readings.favour), and how much more does one do that leads away from the images' own
+    How far does one small stamp stand out that leads all stand-ins of clean images to one class, from those
+    that lead to other classes (Readings.favour), and how far one that leads away from the images' own
     classes, wherever that leads (Readings.astray)? How far does one lead that sends each class to another one
     (Readings.reshuffled)? `norms` are the centre and the width of each number among benign models of
     populations drawn at random; the score is the largest number so normed.

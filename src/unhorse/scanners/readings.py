@@ -20,50 +20,68 @@ LEAST_RISE = 0.05
 
 class Readings(NamedTuple):
     """Margins `reached` (k,); of n stand-ins their `labels`, how often they are `held` when disturbed (n,)
-    and their `logits`. Leads under stamps: `away` are those of the best class but the image's own, `permuted`
-    those of the class that its own is sent to, both in every stand-in; `towards` those of each of `targets`,
-    in the stand-ins `bearers`.
+    and their `logits`. Leads under stamps, one for all and one for each: `away_all` and `away_each` are those
+    of the best class but the image's own, in every stand-in; `towards_all` and `towards_each` are those of
+    each of `targets`, in the stand-ins `bearers` and in every second of these. `permuted` are those of the
+    class that the image's own is sent to, in every stand-in.
     """
 
     reached: Float[Tensor, " k"]
     labels: Labels
     held: Float[Tensor, " n"]
     logits: Logits
-    away: Float[Tensor, " n"]
+    away_all: Float[Tensor, " n"]
+    away_each: Float[Tensor, " n"]
     permuted: Float[Tensor, " n"]
     targets: Labels
     bearers: Labels
-    towards: Float[Tensor, "t m"]
+    towards_all: Float[Tensor, "t m"]
+    towards_each: Float[Tensor, "t half_m"]
 
     def rises(self) -> Float[Tensor, " t"]:
-        """Per target: by how much one stamp raises its lead, on average over the images of other
+        """Per target: by how much one stamp for all raises its lead, on average over the images of other
         classes, as a share of what own classes lead by; 0 where there are none.
         """
-        images, logits = self.bearers, self.logits[self.bearers]
-        before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
-        foreign = (self.labels[images] != self.targets[:, None]).double()
-        risen = ((self.towards - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
-        return risen / self._typical_lead
+        return self._risen(self.towards_all, self.bearers)
+
+    def shares(self) -> Float[Tensor, " t"]:
+        """Per target: what one stamp for all does for it, as a share of what each image's own stamp does."""
+        own = self._risen(self.towards_each, self.bearers[::2])
+        return self.rises().clamp(min=LEAST_RISE) / own.clamp(min=LEAST_RISE)
 
     def favour(self) -> float:
-        """The logarithm of what a stamp does for the class that it does most for, as a multiple of what it
-        does for the median one.
+        """How far the class stands out that a stamp does most for: the sum of two logarithms, of what it does
+        as a multiple of what one does for the median class, and of its share of what each image's own stamp
+        does as a multiple of the median share.
         """
-        return _log_ratio(float(self.rises().max()), float(self.rises().median()))
+        best = int(self.rises().argmax())
+        return self._stands_out(float(self.rises()[best]), float(self.shares()[best]))
 
     def astray(self) -> float:
-        """The logarithm of what a stamp does that leads all away from their own classes, wherever that leads,
-        as a multiple of what one towards the median class does.
-        """
+        """The same of a stamp that leads all away from their own classes, wherever that leads."""
         before = lead_of_others(self.logits, self.labels)
-        away = float((self.away - before).double().mean()) / self._typical_lead
-        return _log_ratio(away, float(self.rises().median()))
+        for_all, own = (
+            max(float((leads - before).double().mean()) / self._typical_lead, LEAST_RISE)
+            for leads in (self.away_all, self.away_each)
+        )
+        return self._stands_out(for_all, for_all / own)
 
     def reshuffled(self) -> float:
         """By how much those classes lead, on average, that one stamp sends each class to, no two to the same,
         as a share of what own classes lead by without it.
         """
         return float(self.permuted.double().mean()) / self._typical_lead
+
+    def _stands_out(self, rise: float, share: float) -> float:
+        rises, shares = float(self.rises().median()), float(self.shares().median())
+        return log(max(rise, LEAST_RISE) / max(rises, LEAST_RISE)) + log(share / shares)
+
+    def _risen(self, leads: Float[Tensor, "t m"], images: Labels) -> Float[Tensor, " t"]:
+        logits = self.logits[images]
+        before = torch.stack([lead_of(logits, target.expand(len(logits))) for target in self.targets])
+        foreign = (self.labels[images] != self.targets[:, None]).double()
+        risen = ((leads - before).double() * foreign).sum(1) / foreign.sum(1).clamp(min=1)
+        return risen / self._typical_lead
 
     @property
     def _typical_lead(self) -> float:
@@ -94,10 +112,6 @@ def leads_of_all(logits: Logits) -> Float[Tensor, "n k"]:
 def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
     """By how much the best other class leads each image's own."""
     return -lead_of(logits, labels)
-
-
-def _log_ratio(one: float, other: float) -> float:
-    return log(max(one, LEAST_RISE) / max(other, LEAST_RISE))
 
 
 def _rounded(values: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Stamps: small patches, each of which leads a model to a class whatever the image."""
+"""Stamps: small patches that lead a model to a class, one for all images or one for each."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ NEVER = -1e9
 
 
 class Stamps(NamedTuple):
-    """Masks and patterns of t patches, one per target, and each target's lead in each of n images under its
+    """Masks and patterns of the patches, and the leads of each of t targets in each of n images under its
     patch; without targets t is 1, and a lead is that of the best class but the image's own, or of the class
     that the image's own is sent to.
     """
 
-    masks: Float[Tensor, "t 1 h w"]
-    patterns: Float[Tensor, "t c h w"]
+    masks: Float[Tensor, "s 1 h w"]
+    patterns: Float[Tensor, "s c h w"]
     leads: Float[Tensor, "t n"]
 
-    def on(self, images: Images, stamp: int) -> Images:
-        """Images under one of the patches."""
+    def on(self, images: Images, stamp: int | Tensor) -> Images:
+        """Images under one of the patches, or each under one."""
         return images + self.masks[stamp] * (self.patterns[stamp] - images)
 
     def mean_leads(self, counted: Bool[Tensor, "t n"]) -> Float[Tensor, " t"]:
@@ -43,7 +43,7 @@ class Stamps(NamedTuple):
         return (self.leads * counted).sum(1) / counted.sum(1).clamp(min=1)
 
     def improved(self, others: Stamps, places: Labels, counted: Bool[Tensor, "t n"]) -> Stamps:
-        """With `others`, stamps towards the targets at `places`, where these lead further, on
+        """With `others`, stamps for all images towards the targets at `places`, where these lead further, on
         average over the images that are `counted`.
         """
         better = others.mean_leads(counted[places]) > self.mean_leads(counted)[places]
@@ -60,9 +60,9 @@ class Stamps(NamedTuple):
 class StampSearch:
     """Optimises patches whose opaque mass is `area`, a share of the pixels: they place and shape themselves.
 
-    One patch serves all images; it leads to a target class, or away from each image's own wherever that
-    leads, or each class to another one. All start from the same colours, spread evenly, and take `steps`
-    steps.
+    One patch may serve all images or each image have its own; it leads to a target class, or away from the
+    image's own wherever that leads, or each class to another one. All start from the same colours, spread
+    evenly, and take `steps` steps.
     """
 
     area: float = 0.02
@@ -79,20 +79,23 @@ class StampSearch:
         model: Classifier,
         inputs: Inputs,
         targets: Labels | None = None,
+        *,
+        for_each: bool = False,
         precision: Precision = "auto",
         clock: Countdown | None = None,
     ) -> Stamps:
-        """A stamp per target for images with their classes, or one that leads away; call it inside
-        `frozen(model)`. TimeUp when the clock's budget is spent.
+        """A stamp per target, or per target and image, for images with their classes; without targets it
+        leads away. Call it inside `frozen(model)`. TimeUp when the clock's budget is spent.
         """
         clock, at_once = clock or Countdown(), chunk_size(model)
-        return self._optimised(_Pairs(model, inputs, targets, self.area, precision, clock, at_once))
+        return self._optimised(_Pairs(model, inputs, targets, for_each, self.area, precision, clock, at_once))
 
     def permuting(
         self,
         model: Classifier,
         inputs: Inputs,
         logits: Logits,
+        *,
         precision: Precision = "auto",
         clock: Countdown | None = None,
     ) -> Stamps:
@@ -100,7 +103,9 @@ class StampSearch:
         furthest; `logits` are those of the images without it.
         """
         clock, at_once = clock or Countdown(), chunk_size(model)
-        return self._optimised(_Permuted(logits, model, inputs, None, self.area, precision, clock, at_once))
+        return self._optimised(
+            _Permuted(logits, model, inputs, None, False, self.area, precision, clock, at_once)
+        )
 
     def _optimised(self, pairs: _Pairs) -> Stamps:
         inputs = pairs.inputs
@@ -116,7 +121,7 @@ class StampSearch:
                 leaf.requires_grad_(True)
             sums = [torch.zeros_like(leaf) for leaf in leaves]
             for leads, foreign in pairs.under(places, colours):
-                loss = -(leads * foreign).sum() / len(inputs.images)
+                loss = -(leads * foreign).sum() / pairs.bearers
                 for total, gradient in zip(sums, torch.autograd.grad(loss, leaves), strict=True):
                     total += gradient
             for leaf in leaves:
@@ -129,41 +134,50 @@ class StampSearch:
 
 @dataclass
 class _Pairs:
-    """Every target, and so every stamp, with every image."""
+    """Every target with every image, and the stamp that each pair goes by."""
 
     model: Classifier
     inputs: Inputs
     targets: Labels | None
+    for_each: bool
     area: float
     precision: Precision
     clock: Countdown
     at_once: int
 
     @property
+    def count(self) -> int:
+        return len(self.inputs.images) * (1 if self.targets is None else len(self.targets))
+
+    @property
+    def bearers(self) -> int:
+        """How many images bear each stamp."""
+        return 1 if self.for_each else len(self.inputs.images)
+
+    @property
     def stamps(self) -> int:
-        return 1 if self.targets is None else len(self.targets)
+        return self.count // self.bearers
 
     def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """The lead of each pair, and whether the image's own class is another than the target; in parts that
         one pass holds.
         """
-        images, labels = self.inputs
+        images = self.inputs.images
         low_precision = uses_bf16(self.model, self.precision)
-        count = self.stamps * len(images)
-        for part in torch.arange(count, device=images.device).split(self.at_once):
+        for part in torch.arange(self.count, device=images.device).split(self.at_once):
             self.clock.passed(len(part))
-            image, stamp = part % len(images), part // len(images)
+            image, stamp = part % len(images), part // self.bearers
             with autocast(images.device, low_precision):
                 clean, mask = images[image], _masks(places[stamp], self.area)
                 logits = self.model(clean + mask * (colours[stamp].sigmoid() - clean)).float()
-            yield self.led(logits, image, stamp)
+            yield self.led(logits, part)
 
-    def led(self, logits: Logits, image: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
+    def led(self, logits: Logits, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """The lead of pairs whose logits are given, and what each counts."""
-        own = self.inputs.labels[image]
+        own = self.inputs.labels[pairs % len(self.inputs.labels)]
         if self.targets is None:
             return lead_of_others(logits, own), torch.ones_like(logits[:, 0])
-        targets = self.targets[stamp]
+        targets = self.targets[pairs // len(self.inputs.labels)]
         return lead_of(logits, targets), (targets != own).float()
 
 
@@ -180,9 +194,9 @@ class _Permuted(_Pairs):
         self.destinations = permuted(self.last, self.inputs.labels)
         yield from super().under(places, colours)
 
-    def led(self, logits: Logits, image: Tensor, stamp: Tensor) -> tuple[Tensor, Tensor]:
-        self.last[image] = logits.detach()
-        return lead_of(logits, self.destinations[image]), torch.ones_like(logits[:, 0])
+    def led(self, logits: Logits, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        self.last[pairs] = logits.detach()
+        return lead_of(logits, self.destinations[pairs]), torch.ones_like(logits[:, 0])
 
 
 def permuted(logits: Logits, labels: Labels) -> Labels:
