@@ -150,25 +150,31 @@ def test_leads_are_known():
 
 def test_patches_have_their_mass(evidence):
     found = evidence["benign"]
-    for several in (found.away, found.permuting, found.towards):
+    every = (*found.away, found.permuting, *found.towards)
+    for several in every:
         assert (several.masks.sum((1, 2, 3)) <= 0.04 * 256 + 1e-3).all()
         assert several.masks.min() >= 0 and several.masks.max() <= 1
-    # of 36 stand-ins 24 bear the stamps towards the 6 targets
-    assert [len(several.masks) for several in (found.away, found.permuting, found.towards)] == [1, 1, 6]
-    assert found.away.leads.shape == found.permuting.leads.shape == (1, 36)
-    assert found.towards.leads.shape == (6, 24)
+    # one for all of 36 stand-ins, one for each, one that permutes; one for each of 6 targets, and for half of
+    # 24 bearers
+    assert [len(several.masks) for several in every] == [1, 36, 1, 6, 6 * 12]
 
 
 def test_the_leads_of_stamps_are_those_of_stamped_images(models, evidence):
     model, found = models["single"], evidence["single"]
     images, labels = found.stand_ins.inputs
     with torch.no_grad():
-        away = model(found.away.on(images, 0))
-        assert torch.allclose(lead_of_others(away, labels), found.away.leads[0], atol=1e-4)
+        away = model(found.away[1].on(images, torch.arange(len(images))))
+        assert torch.allclose(lead_of_others(away, labels), found.away[1].leads[0], atol=1e-4)
         for place, target in enumerate(found.targets.tolist()):
-            towards = model(found.towards.on(images[found.bearers], place))
+            towards = model(found.towards[0].on(images[found.bearers], place))
             leads = lead_of(towards, torch.full_like(found.bearers, target))
-            assert torch.allclose(leads, found.towards.leads[place], atol=1e-4)
+            assert torch.allclose(leads, found.towards[0].leads[place], atol=1e-4)
+
+
+def test_a_stamp_of_its_own_does_more_for_an_image(evidence):
+    benign = evidence["benign"]
+    assert float(benign.away[1].leads.mean()) > float(benign.away[0].leads.mean())
+    assert float(benign.towards[1].leads.mean()) > float(benign.towards[0].leads[:, ::2].mean())
 
 
 def test_only_a_trojan_makes_one_stamp_do_far_more_than_others(evidence):
@@ -207,7 +213,8 @@ def test_classes_are_permuted_where_leads_are_furthest():
 def test_the_classes_of_the_largest_margins_are_targets(models):
     search = replace(HASTY, most_targets=2)
     found = search.run(models["benign"], torch.tensor([1.0, 9.0, 2.0, 8.0, 3.0, 0.0]))
-    assert found.targets.tolist() == [1, 3] and found.towards.leads.shape == (2, 6)
+    assert found.targets.tolist() == [1, 3] and found.towards[0].leads.shape == (2, 6)
+    assert found.towards[1].leads.shape == (2, 3)
 
 
 def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_furthest(models):
@@ -217,7 +224,7 @@ def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_f
     (images, labels), bearers, targets = found.stand_ins.inputs, found.bearers, found.targets
     assert targets.tolist() == [0, 3, 2, 5, 1, 4]
     foreign = labels[bearers] != targets[:, None]
-    furthest = once.towards.mean_leads(foreign).argsort(descending=True)
+    furthest = once.towards[0].mean_leads(foreign).argsort(descending=True)
     assert int(targets[furthest[0]]) == TARGET
     again, others = furthest[:2], furthest[2:]
     with frozen(model):
@@ -225,12 +232,12 @@ def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_f
         each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[again]) for seed in range(4)]
     for row, place in enumerate(again.tolist()):
         best = max(each, key=lambda stamps: float(stamps.leads[row][foreign[place]].mean()))
-        assert torch.allclose(found.towards.leads[place], best.leads[row])
-        assert torch.allclose(found.towards.masks[place], best.masks[row])
-        assert torch.allclose(found.towards.patterns[place], best.patterns[row])
-    assert not torch.allclose(found.towards.leads[again], once.towards.leads[again])
-    assert torch.equal(found.towards.leads[others], once.towards.leads[others])
-    assert torch.equal(found.away.leads, once.away.leads)
+        assert torch.allclose(found.towards[0].leads[place], best.leads[row])
+        assert torch.allclose(found.towards[0].masks[place], best.masks[row])
+        assert torch.allclose(found.towards[0].patterns[place], best.patterns[row])
+    assert not torch.allclose(found.towards[0].leads[again], once.towards[0].leads[again])
+    assert torch.equal(found.towards[0].leads[others], once.towards[0].leads[others])
+    assert torch.equal(found.towards[1].leads, once.towards[1].leads)
 
 
 def test_parts_of_a_pass_change_nothing(models, monkeypatch):
@@ -240,16 +247,16 @@ def test_parts_of_a_pass_change_nothing(models, monkeypatch):
         logits = model(inputs.images)
         search = StampSearch(steps=3)
 
-        def searched(targets: Tensor | None | str) -> stamps.Stamps:
-            if isinstance(targets, str):
-                return search.permuting(model, inputs, logits)
-            return search.run(model, inputs, targets)
-
-        for targets in (None, torch.tensor([0, TARGET]), "permuted"):
-            whole = searched(targets)
+        searches = (
+            lambda: search.run(model, inputs),
+            lambda: search.run(model, inputs, torch.tensor([0, TARGET]), for_each=True),
+            lambda: search.permuting(model, inputs, logits),
+        )
+        for searched in searches:
+            whole = searched()
             with monkeypatch.context() as patched:
                 patched.setattr(stamps, "chunk_size", lambda model: 5)
-                parts = searched(targets)
+                parts = searched()
             assert torch.allclose(whole.leads, parts.leads, atol=1e-3)
             assert torch.allclose(whole.masks, parts.masks, atol=1e-3)
 
@@ -275,8 +282,8 @@ def test_readings_survive_json(evidence):
 
 
 def readings_of(**fields: Tensor) -> Readings:
-    """Three images of three classes, each led by 4; a stamp takes a quarter of that, towards the classes 0
-    and 1 and away from the own.
+    """Three images of three classes, each led by 4; one stamp for all does a quarter of that, and a quarter
+    of what one for each does, towards the classes 0 and 1 and away from the own.
     """
     clean = 4 * torch.eye(3)
     known = {
@@ -284,44 +291,56 @@ def readings_of(**fields: Tensor) -> Readings:
         "labels": torch.arange(3),
         "held": torch.ones(3),
         "logits": clean,
-        "away": torch.full((3,), -3.0),
+        "away_all": torch.full((3,), -3.0),
+        "away_each": torch.zeros(3),
         "permuted": torch.full((3,), -3.0),
         "targets": torch.tensor([0, 1]),
         "bearers": torch.arange(3),
-        "towards": torch.full((2, 3), -3.0),
+        "towards_all": torch.full((2, 3), -3.0),
+        "towards_each": torch.zeros(2, 2),
     }
     return Readings(**known | fields)
 
 
 def test_the_numbers_are_known_and_free_of_scale():
     readings = readings_of()
-    assert readings.rises().tolist() == pytest.approx([0.25, 0.25])
+    assert readings.rises().tolist() == readings.shares().tolist() == pytest.approx([0.25, 0.25])
     assert readings.favour() == pytest.approx(0) and readings.astray() == pytest.approx(0)
-    larger = readings_of(
-        **{name: 7 * getattr(readings, name) for name in ("logits", "away", "permuted", "towards")}
-    )
-    assert larger.rises().tolist() == pytest.approx([0.25, 0.25])
     assert readings.reshuffled() == pytest.approx(-0.75)
-    further = readings_of(away=torch.full((3,), -2.0))
-    assert further.astray() == pytest.approx(math.log(2)) and further.favour() == pytest.approx(0)
+    leads = ("logits", "away_all", "away_each", "permuted", "towards_all", "towards_each")
+    larger = readings_of(**{name: 7 * getattr(readings, name) for name in leads})
+    assert larger.rises().tolist() == larger.shares().tolist() == pytest.approx([0.25, 0.25])
+    assert larger.reshuffled() == pytest.approx(-0.75)
     assert readings_of(permuted=torch.tensor([1.0, 2.0, 3.0])).reshuffled() == pytest.approx(0.5)
+
+
+def test_a_stamp_stands_out_by_what_it_does_and_by_its_share():
+    further = readings_of(away_all=torch.full((3,), -2.0))  # twice the rise, and twice the share
+    assert further.astray() == pytest.approx(2 * math.log(2)) and further.favour() == pytest.approx(0)
+    easier = readings_of(away_all=torch.full((3,), -2.0), away_each=torch.full((3,), 4.0))
+    assert easier.astray() == pytest.approx(math.log(2))  # the same share
+    towards = torch.tensor([[-2.0] * 3, [-3.0] * 3])
+    single = readings_of(towards_all=towards)
+    assert single.rises().tolist() == pytest.approx([0.5, 0.25])
+    assert single.shares().tolist() == pytest.approx([0.5, 0.25])
+    assert single.favour() == pytest.approx(2 * math.log(2))  # the median is the lower of two
+    sink = readings_of(towards_all=towards, towards_each=torch.tensor([[4.0, 4.0], [0.0, 0.0]]))
+    assert sink.favour() == pytest.approx(math.log(2))
 
 
 def test_the_images_of_the_target_do_not_count():
     towards = torch.tensor([[-99.0, 0.0, 2.0], [-3.0, -99.0, -3.0]])
-    uneven = readings_of(towards=towards)
-    assert uneven.rises().tolist() == pytest.approx([1.25, 0.25])
-    assert uneven.favour() == pytest.approx(math.log(5))  # the median is the lower of two
+    assert readings_of(towards_all=towards).rises().tolist() == pytest.approx([1.25, 0.25])
     own = torch.zeros(3, dtype=torch.int64)
-    alone = readings_of(labels=own, logits=4 * torch.eye(3)[own], towards=towards)
+    alone = readings_of(labels=own, logits=4 * torch.eye(3)[own], towards_all=towards)
     assert float(alone.rises()[0]) == 0
 
 
 def test_where_stamps_do_nothing_nothing_is_divided_by_it():
-    still = torch.full((3,), -4.0)
-    unmoved = readings_of(away=still, towards=torch.full((2, 3), -4.0))
+    still, stills = torch.full((3,), -4.0), torch.full((2, 3), -4.0)
+    unmoved = readings_of(away_all=still, away_each=still, towards_all=stills, towards_each=stills[:, :2])
     assert unmoved.favour() == unmoved.astray() == 0
-    assert unmoved.rises().tolist() == [0, 0]
+    assert unmoved.rises().tolist() == [0, 0] and unmoved.shares().tolist() == [1, 1]
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -335,7 +354,8 @@ def test_unseen_models_are_told_apart(fitted):
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
     def scored(number: float) -> dict[str, Any]:
-        return readings_of(away=torch.full((3,), math.exp(number) - 4)).record()
+        for_all = torch.full((3,), math.exp(number))
+        return readings_of(away_all=for_all - 4, away_each=4 * for_all - 4).record()
 
     scanner = Generalist(norms={AWAY: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, abs=1e-3)
