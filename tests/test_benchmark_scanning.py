@@ -292,6 +292,26 @@ def test_another_population_is_judged_by_who_can_and_the_others_say_why_not(plac
     assert "learner on away held-back: no row, another image shape" in said
 
 
+def test_pooled_rows_are_of_all_judged_populations_as_if_they_were_one(place):
+    judge = (
+        'judge = [{ population = "home.toml" }, { population = "away.toml" }]\nseeds = [0]\npooled = true\n'
+    )
+    rows = run(place, FITTED + judge + 'methods = [{ name = "marked" }, { name = "learner" }]')
+    everywhere = [row for row in rows if row["dataset"] == "all"]
+    marked = of(everywhere, method="marked", architecture="all")
+    assert value(marked, metric="fpr", attack="benign") == pytest.approx(2 / 8)
+    patches = {"attack": "badnet", "mode": "single-target"}
+    assert value(marked, metric="auroc", **patches) == pytest.approx(31 / 40)
+    assert value(marked, metric="finding_rate", **patches) == pytest.approx(3 / 5)
+    assert of(marked, metric="auroc", attack="all")[0]["n"] == 8 + 5 + 2
+    assert all("judged" not in row["options"] for row in everywhere)
+    # the learner refuses the images of one population, and is pooled over the other
+    (found,) = of(everywhere, method="learner", metric="auroc", attack="all")
+    assert found["n"] == 5 + 3 + 2
+    with pytest.raises(ValueError, match="leave_one_out has them by itself"):
+        run(place, "pooled = true\n" + LEFT_OUT + 'methods = [{ name = "marked" }]')
+
+
 def test_an_error_on_the_fitted_task_is_no_refusal(place, monkeypatch):
     def scores(self: Learner, models: Sequence) -> torch.Tensor:
         raise ValueError("a mistake")

@@ -56,7 +56,8 @@ class ScanningSpec(Spec):
     `population` is short for all groups of one zoo spec, fitted on and held back, without rows that pool
     them. `sizes` makes learning curves: numbers of models to fit on. With `leave_one_out` each population of
     `judge` is judged by what the others teach; with `folds`, where they are many and small, every so-manieth
-    of them together, and there are rows over all of them only. `dataset` and `trained_on` are those of the
+    of them together, and there are rows over all of them only. Without it, `pooled` adds rows of all
+    populations together. `dataset` and `trained_on` are those of the
     models unless given.
     """
 
@@ -67,6 +68,7 @@ class ScanningSpec(Spec):
     judge: tuple[JudgedSpec, ...] = ()
     leave_one_out: bool = False
     folds: int | None = Field(default=None, ge=3)
+    pooled: bool = False
     sizes: tuple[int, ...] = ()
     trained_on: str | None = None
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -82,6 +84,8 @@ class ScanningSpec(Spec):
             )
         if self.folds is not None and not self.leave_one_out:
             raise ValueError("folds are left out in turn: say leave_one_out = true too")
+        if self.pooled and (self.leave_one_out or not self.judge):
+            raise ValueError("pooled rows are of populations in `judge`; leave_one_out has them by itself")
         learning = [method.name for method in self.methods if METHODS[method.name].learns]
         if learning and not (self.population or self.fit or self.leave_one_out):
             raise ValueError(f"{learning[0]} learns from models: name some in `fit`")

@@ -20,7 +20,7 @@ from unhorse.benchmark.scanning_rows import (
     victim_rows,
 )
 from unhorse.benchmark.scanning_specs import MethodSpec, ScanningSpec
-from unhorse.benchmark.scanning_trials import Finding, Party, Trial, read_findings
+from unhorse.benchmark.scanning_trials import Finding, Party, Trial, read_findings, together
 from unhorse.benchmark.trials import provenance
 from unhorse.benchmark.variants import VariantSpec
 from unhorse.models.classifier import read_card
@@ -125,8 +125,23 @@ class ScanningTable:
                     pooled = self.spec.population is None
                     yield from finding_rows(shared, selection, finding, outcome["threshold"], pooled=pooled)
                     yield from self._against_fp32(run, outcomes, selection, finding)
+            if self.spec.pooled:
+                yield from self._of_all_together(run, outcome)
         for several in left_out.values():
             yield from self._over_all(several)
+
+    def _of_all_together(self, run: Run, outcome: dict[str, Any]) -> Iterator[Row]:
+        """As if the populations that are judged were one."""
+        found = [(each, read_findings(outcome)[each.label]) for each in run.judged]
+        found = [(selection, finding) for selection, finding in found if not finding.refused]
+        if not found:
+            return
+        selection = _together([each for each, _ in found], 0)
+        origin = identity_of([each.population for each, _ in found])
+        everywhere = {"dataset": "all", "architecture": "all", "options": run.options, "population": origin}
+        shared = self._shared(run, outcome, selection) | (found[0][1].origin or {}) | everywhere
+        finding = together([each for _, each in found])
+        yield from finding_rows(shared, selection, finding, outcome["threshold"], pooled=True)
 
     def _over_all(self, several: Sequence[tuple[Shared, LeftOut]]) -> Iterator[Row]:
         if len(several) < len(self.judged):

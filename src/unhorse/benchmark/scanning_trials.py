@@ -43,6 +43,16 @@ class Finding(NamedTuple):
     origin: dict[str, Any] | None = None
 
 
+def together(several: Sequence[Finding]) -> Finding:
+    """Findings of parties, one after the other, as one of them all."""
+    return Finding(
+        scores=[score for each in several for score in each.scores],
+        seconds=sum(each.seconds for each in several),
+        verdicts=[verdict for each in several for verdict in each.verdicts],
+        targets=[target for each in several for target in each.targets],
+    )
+
+
 @dataclass(frozen=True)
 class Trial:
     """One method with one seed over all judged models: the unit that is resumed.
