@@ -56,9 +56,8 @@ class ScanningSpec(Spec):
     `population` is short for all groups of one zoo spec, fitted on and held back, without rows that pool
     them. `sizes` makes learning curves: numbers of models to fit on. With `leave_one_out` each population of
     `judge` is judged by what the others teach; with `folds`, where they are many and small, every so-manieth
-    of them together, and there are rows over all of them only. Without it, `pooled` adds rows of all
-    populations together. `dataset` and `trained_on` are those of the
-    models unless given.
+    of them together, and there are rows over all of them only. Without leave_one_out, `pooled` adds rows
+    of all populations together. `dataset` and `trained_on` are those of the models unless given.
     """
 
     table: str

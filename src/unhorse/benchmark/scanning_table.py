@@ -126,20 +126,21 @@ class ScanningTable:
                     yield from finding_rows(shared, selection, finding, outcome["threshold"], pooled=pooled)
                     yield from self._against_fp32(run, outcomes, selection, finding)
             if self.spec.pooled:
-                yield from self._of_all_together(run, outcome)
+                yield from self._pooled(run, outcome)
         for several in left_out.values():
             yield from self._over_all(several)
 
-    def _of_all_together(self, run: Run, outcome: dict[str, Any]) -> Iterator[Row]:
+    def _pooled(self, run: Run, outcome: dict[str, Any]) -> Iterator[Row]:
         """As if the populations that are judged were one."""
-        found = [(each, read_findings(outcome)[each.label]) for each in run.judged]
-        found = [(selection, finding) for selection, finding in found if not finding.refused]
+        findings = read_findings(outcome)
+        found = [(each, findings[each.label]) for each in run.judged if not findings[each.label].refused]
         if not found:
             return
         selection = _together([each for each, _ in found], 0)
         origin = identity_of([each.population for each, _ in found])
         everywhere = {"dataset": "all", "architecture": "all", "options": run.options, "population": origin}
         shared = self._shared(run, outcome, selection) | (found[0][1].origin or {}) | everywhere
+        shared["dirty"] = any((each.origin or shared)["dirty"] for _, each in found)
         finding = together([each for _, each in found])
         yield from finding_rows(shared, selection, finding, outcome["threshold"], pooled=True)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -104,7 +104,7 @@ class StampSearch:
         """
         clock, at_once = clock or Countdown(), chunk_size(model)
         return self._optimised(
-            _Permuted(logits, model, inputs, None, False, self.area, precision, clock, at_once)
+            _Permuted(model, inputs, None, False, self.area, precision, clock, at_once, logits.clone())
         )
 
     def _optimised(self, pairs: _Pairs) -> Stamps:
@@ -181,14 +181,14 @@ class _Pairs:
         return lead_of(logits, targets), (targets != own).float()
 
 
+@dataclass
 class _Permuted(_Pairs):
     """One stamp with every image. Where it sends each class follows from the logits of the step before, at
-    first from those without it.
+    first from those without it: `last`, which each step overwrites.
     """
 
-    def __init__(self, logits: Logits, *fields: Any) -> None:
-        super().__init__(*fields)
-        self.last, self.destinations = logits.clone(), permuted(logits, self.inputs.labels)
+    last: Logits
+    destinations: Labels = field(init=False)
 
     def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         self.destinations = permuted(self.last, self.inputs.labels)
