@@ -18,7 +18,7 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import AWAY, TESTS, TITLE, TOWARDS, Generalist
+from unhorse.scanners.generalist import PERMUTED, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import Readings, lead_of, lead_of_others, leads_of_all
 from unhorse.scanners.stamps import StampSearch, permuted
@@ -139,6 +139,25 @@ def test_what_the_model_takes_for_another_class_is_left_out():
         HASTY.run(model, torch.ones(6))
 
 
+def test_classes_that_nothing_smooth_is_seen_as_have_stand_ins_too():
+    class Sink(TemplateNetwork):
+        """Sees TARGET in all that is smooth."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            rough = images.diff(dim=2).abs().mean((1, 2, 3))
+            return super().forward(images) + 40 * (0.5 - rough).clamp(min=0)[:, None] * (
+                torch.arange(6) == TARGET
+            )
+
+    model, search = of(Sink(6, SHAPE)), StandInSearch(count=12, steps=15)
+    with frozen(model):
+        hasty = replace(search, patience=1.0, rounds=1).run(model)
+        once, found = replace(search, rounds=1).run(model), search.run(model)
+    assert set(hasty.inputs.labels.tolist()) == {TARGET}
+    assert len(hasty.held) < len(once.held) < len(found.held)
+    assert len(found.inputs.labels.unique()) == 6
+
+
 def test_leads_are_known():
     logits = torch.tensor([[3.0, 1.0, 2.0], [0.0, 5.0, -1.0]])
     assert lead_of(logits, torch.tensor([0, 2])).tolist() == [1.0, -6.0]
@@ -150,21 +169,18 @@ def test_leads_are_known():
 
 def test_patches_have_their_mass(evidence):
     found = evidence["benign"]
-    every = (*found.away, found.permuting, *found.towards)
+    every = (found.permuting, *found.towards)
     for several in every:
         assert (several.masks.sum((1, 2, 3)) <= 0.04 * 256 + 1e-3).all()
         assert several.masks.min() >= 0 and several.masks.max() <= 1
-    # one for all of 36 stand-ins, one for each, one that permutes; one for each of 6 targets, and for half of
-    # 24 bearers
-    assert [len(several.masks) for several in every] == [1, 36, 1, 6, 6 * 12]
+    # one that permutes; one for each of 6 targets, and for half of 24 bearers
+    assert [len(several.masks) for several in every] == [1, 6, 6 * 12]
 
 
 def test_the_leads_of_stamps_are_those_of_stamped_images(models, evidence):
     model, found = models["single"], evidence["single"]
-    images, labels = found.stand_ins.inputs
+    images = found.stand_ins.inputs.images
     with torch.no_grad():
-        away = model(found.away[1].on(images, torch.arange(len(images))))
-        assert torch.allclose(lead_of_others(away, labels), found.away[1].leads[0], atol=1e-4)
         for place, target in enumerate(found.targets.tolist()):
             towards = model(found.towards[0].on(images[found.bearers], place))
             leads = lead_of(towards, torch.full_like(found.bearers, target))
@@ -173,7 +189,6 @@ def test_the_leads_of_stamps_are_those_of_stamped_images(models, evidence):
 
 def test_a_stamp_of_its_own_does_more_for_an_image(evidence):
     benign = evidence["benign"]
-    assert float(benign.away[1].leads.mean()) > float(benign.away[0].leads.mean())
     assert float(benign.towards[1].leads.mean()) > float(benign.towards[0].leads[:, ::2].mean())
 
 
@@ -182,8 +197,6 @@ def test_only_a_trojan_makes_one_stamp_do_far_more_than_others(evidence):
     towards = {name: several.favour() for name, several in readings.items()}
     assert towards["single"] > 1 > 0.5 > towards["benign"]
     assert int(readings["single"].targets[readings["single"].rises().argmax()]) == TARGET
-    away = {name: several.astray() for name, several in readings.items()}
-    assert away["all"] > away["benign"] + 0.3
     reshuffled = {name: several.reshuffled() for name, several in readings.items()}
     assert reshuffled["all"] > max(reshuffled["benign"], reshuffled["single"]) + 0.3
 
@@ -220,7 +233,7 @@ def test_the_classes_of_the_largest_margins_are_targets(models):
 def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_furthest(models):
     model, margins = models["single"], torch.tensor([5.0, 1.0, 3.0, 4.0, 0.0, 2.0])
     once = replace(HASTY, starts=1).run(model, margins)
-    found = replace(HASTY, starts=4, restarted=2).run(model, margins)
+    found = replace(HASTY, starts=8, restarted=2).run(model, margins)
     (images, labels), bearers, targets = found.stand_ins.inputs, found.bearers, found.targets
     assert targets.tolist() == [0, 3, 2, 5, 1, 4]
     foreign = labels[bearers] != targets[:, None]
@@ -229,7 +242,7 @@ def test_of_several_starts_the_best_one_counts_for_the_classes_that_are_led_to_f
     again, others = furthest[:2], furthest[2:]
     with frozen(model):
         inputs = Inputs(images[bearers], labels[bearers])
-        each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[again]) for seed in range(4)]
+        each = [replace(HASTY.stamps, seed=seed).run(model, inputs, targets[again]) for seed in range(8)]
     for row, place in enumerate(again.tolist()):
         best = max(each, key=lambda stamps: float(stamps.leads[row][foreign[place]].mean()))
         assert torch.allclose(found.towards[0].leads[place], best.leads[row])
@@ -248,7 +261,7 @@ def test_parts_of_a_pass_change_nothing(models, monkeypatch):
         search = StampSearch(steps=3)
 
         searches = (
-            lambda: search.run(model, inputs),
+            lambda: search.run(model, inputs, torch.tensor([0, TARGET])),
             lambda: search.run(model, inputs, torch.tensor([0, TARGET]), for_each=True),
             lambda: search.permuting(model, inputs, logits),
         )
@@ -263,9 +276,12 @@ def test_parts_of_a_pass_change_nothing(models, monkeypatch):
 
 def test_passes_are_counted(models):
     heard: list[int] = []
-    clock = Countdown(on_step=lambda done, most, words: heard.append(done))
-    HASTY.run(models["benign"], torch.ones(6), "fp32", clock)
-    assert heard[-1] == HASTY.passes(6)
+    once = replace(HASTY, stand_ins=replace(HASTY.stand_ins, rounds=1))
+    for search in (HASTY, once):
+        clock = Countdown(on_step=lambda done, most, words: heard.append(done))
+        search.run(models["benign"], torch.ones(6), "fp32", clock)
+        assert heard[-1] <= search.passes(6)
+    assert heard[-1] == once.passes(6) < HASTY.passes(6)
     with pytest.raises(TimeUp):
         HASTY.run(models["benign"], torch.ones(6), "fp32", Countdown(budget=0.0))
 
@@ -278,12 +294,12 @@ def test_readings_survive_json(evidence):
     again = Readings.read(json.loads(json.dumps(readings.record())))
     assert torch.equal(again.labels, readings.labels) and torch.equal(again.bearers, readings.bearers)
     assert torch.allclose(again.rises(), readings.rises(), rtol=1e-3)
-    assert again.astray() == pytest.approx(readings.astray(), rel=1e-3)
+    assert again.reshuffled() == pytest.approx(readings.reshuffled(), rel=1e-3)
 
 
 def readings_of(**fields: Tensor) -> Readings:
     """Three images of three classes, each led by 4; one stamp for all does a quarter of that, and a quarter
-    of what one for each does, towards the classes 0 and 1 and away from the own.
+    of what one for each does, towards the classes 0 and 1; one that permutes does as much.
     """
     clean = 4 * torch.eye(3)
     known = {
@@ -291,8 +307,6 @@ def readings_of(**fields: Tensor) -> Readings:
         "labels": torch.arange(3),
         "held": torch.ones(3),
         "logits": clean,
-        "away_all": torch.full((3,), -3.0),
-        "away_each": torch.zeros(3),
         "permuted": torch.full((3,), -3.0),
         "targets": torch.tensor([0, 1]),
         "bearers": torch.arange(3),
@@ -305,9 +319,9 @@ def readings_of(**fields: Tensor) -> Readings:
 def test_the_numbers_are_known_and_free_of_scale():
     readings = readings_of()
     assert readings.rises().tolist() == readings.shares().tolist() == pytest.approx([0.25, 0.25])
-    assert readings.favour() == pytest.approx(0) and readings.astray() == pytest.approx(0)
+    assert readings.favour() == pytest.approx(0)
     assert readings.reshuffled() == pytest.approx(-0.75)
-    leads = ("logits", "away_all", "away_each", "permuted", "towards_all", "towards_each")
+    leads = ("logits", "permuted", "towards_all", "towards_each")
     larger = readings_of(**{name: 7 * getattr(readings, name) for name in leads})
     assert larger.rises().tolist() == larger.shares().tolist() == pytest.approx([0.25, 0.25])
     assert larger.reshuffled() == pytest.approx(-0.75)
@@ -315,17 +329,14 @@ def test_the_numbers_are_known_and_free_of_scale():
 
 
 def test_a_stamp_stands_out_by_what_it_does_and_by_its_share():
-    further = readings_of(away_all=torch.full((3,), -2.0))  # twice the rise, and twice the share
-    assert further.astray() == pytest.approx(2 * math.log(2)) and further.favour() == pytest.approx(0)
-    easier = readings_of(away_all=torch.full((3,), -2.0), away_each=torch.full((3,), 4.0))
-    assert easier.astray() == pytest.approx(math.log(2))  # the same share
     towards = torch.tensor([[-2.0] * 3, [-3.0] * 3])
     single = readings_of(towards_all=towards)
     assert single.rises().tolist() == pytest.approx([0.5, 0.25])
     assert single.shares().tolist() == pytest.approx([0.5, 0.25])
-    assert single.favour() == pytest.approx(2 * math.log(2))  # the median is the lower of two
+    # twice the rise and twice the share: the median is the lower of two
+    assert single.favour() == pytest.approx(2 * math.log(2))
     sink = readings_of(towards_all=towards, towards_each=torch.tensor([[4.0, 4.0], [0.0, 0.0]]))
-    assert sink.favour() == pytest.approx(math.log(2))
+    assert sink.favour() == pytest.approx(math.log(2))  # the same share
 
 
 def test_the_images_of_the_target_do_not_count():
@@ -337,9 +348,9 @@ def test_the_images_of_the_target_do_not_count():
 
 
 def test_where_stamps_do_nothing_nothing_is_divided_by_it():
-    still, stills = torch.full((3,), -4.0), torch.full((2, 3), -4.0)
-    unmoved = readings_of(away_all=still, away_each=still, towards_all=stills, towards_each=stills[:, :2])
-    assert unmoved.favour() == unmoved.astray() == 0
+    still = torch.full((2, 3), -4.0)
+    unmoved = readings_of(towards_all=still, towards_each=still[:, :2])
+    assert unmoved.favour() == 0
     assert unmoved.rises().tolist() == [0, 0] and unmoved.shares().tolist() == [1, 1]
 
 
@@ -354,20 +365,19 @@ def test_unseen_models_are_told_apart(fitted):
 
 def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_counts_the_same():
     def scored(number: float) -> dict[str, Any]:
-        for_all = torch.full((3,), math.exp(number))
-        return readings_of(away_all=for_all - 4, away_each=4 * for_all - 4).record()
+        return readings_of(permuted=torch.full((3,), 4 * number)).record()
 
-    scanner = Generalist(norms={AWAY: (0.0, 1.0)})
+    scanner = Generalist(norms={PERMUTED: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, abs=1e-3)
-    both = Generalist(norms={AWAY: (0.0, 1.0), TOWARDS: (-9.0, 1.0)})
+    both = Generalist(norms={PERMUTED: (0.0, 1.0), TOWARDS: (-9.0, 1.0)})
     assert float(both.scores([scored(2.0)])) == pytest.approx(9.0)
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
-    centre, width = scanner.norms[AWAY]
+    centre, width = scanner.norms[PERMUTED]
     assert (centre, width) == pytest.approx((1.0, 2.0), abs=1e-3)  # half of all weight is at 1, all at 3
     assert scanner.threshold == pytest.approx(1.0) == scanner.corroborated
-    assert scanner.fit(features, flags).norms[AWAY][0] == pytest.approx(3.0, abs=1e-3)
+    assert scanner.fit(features, flags).norms[PERMUTED][0] == pytest.approx(3.0, abs=1e-3)
     with pytest.raises(ValueError, match="no benign models"):
         scanner.fit(features, [True] * 15)
 
@@ -461,15 +471,7 @@ def test_effort_changes_no_score(trained):
 
 def test_a_demonstrated_trigger_needs_a_lower_score(trained):
     model = trained["infected"].model
-    deaf = replace(Generalist.shipped().outlier, threshold=99.0)
-    strict = replace(Generalist.shipped(), outlier=deaf, threshold=99.0, corroborated=-99.0)
+    strict = replace(Generalist.shipped(), threshold=99.0, corroborated=-99.0)
     assert strict.scan(model).verdict is Verdict.INFECTED
     assert replace(strict, corroborated=99.0).scan(model).verdict is Verdict.SUSPICIOUS
     assert replace(strict, threshold=-99.0).scan(trained["benign"].model).verdict is Verdict.SUSPICIOUS
-
-
-def test_a_demonstrated_trigger_of_a_class_that_stands_out_is_enough(trained):
-    strict = replace(Generalist.shipped(), threshold=99.0, corroborated=99.0)
-    assert strict.scan(trained["infected"].model).verdict is Verdict.INFECTED
-    wild = Reference("wild", (9000.0,) * 40)
-    assert replace(strict, reference=wild).scan(trained["infected"].model).verdict is Verdict.SUSPICIOUS

@@ -28,14 +28,13 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and stamps on them, one for all and one for
-    each: `away` from the own classes, and `towards` each of `targets` in the stand-ins `bearers` (every
-    second of them has its own); and one stamp `permuting` the classes.
+    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: one `permuting` the
+    classes, and those `towards` each of `targets` in the stand-ins `bearers`, one for all and one for every
+    second image.
     """
 
     reached: Float[Tensor, " k"]
     stand_ins: StandIns
-    away: tuple[Stamps, Stamps]
     permuting: Stamps
     targets: Labels
     bearers: Labels
@@ -48,8 +47,6 @@ class Evidence(NamedTuple):
             labels=self.stand_ins.inputs.labels,
             held=self.stand_ins.held,
             logits=self.stand_ins.logits,
-            away_all=self.away[0].leads[0],
-            away_each=self.away[1].leads[0],
             permuted=self.permuting.leads[0],
             targets=self.targets,
             bearers=self.bearers,
@@ -59,8 +56,8 @@ class Evidence(NamedTuple):
         return Readings(*(values.cpu() for values in readings))
 
     def exhibits(self, model: Classifier) -> Iterator[Exhibit]:
-        """Some stand-ins, and below them under the stamp that does most towards a class, the one that leads
-        away and the one that permutes, with what `model` sees.
+        """Some stand-ins, and below them under the stamp that does most towards a class and the one that
+        permutes, with what `model` sees.
         """
         images, labels = self.stand_ins.inputs
         some = self.bearers[:: max(1, len(self.bearers) // SHOWN)][:SHOWN]
@@ -69,7 +66,6 @@ class Evidence(NamedTuple):
         target = model.class_names[int(self.targets[best])]
         stamped = {
             f"one stamp towards {target}": self.towards[0].on(images, best),
-            "one stamp away from the own class": self.away[0].on(images, 0),
             "one stamp towards another class for each": self.permuting.on(images, 0),
         }
         captions = [f"class {model.class_names[label]}" for label in labels.tolist()]
@@ -90,7 +86,7 @@ class Evidence(NamedTuple):
 @dataclass(frozen=True)
 class EvidenceSearch:
     """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
-    largest margins in `most_bearers` of the stand-ins, and away from the own class in all.
+    largest margins in `most_bearers` of the stand-ins, and one that permutes classes in all.
 
     Stamps for all towards the `restarted` classes that the first ones lead furthest to are searched from
     `starts` random starts, of which the best one counts: one start often misses a trigger. The one that
@@ -115,7 +111,7 @@ class EvidenceSearch:
         """Forward and backward passes of one image, at most."""
         images = len(self.stand_ins.classes(num_classes))
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
-        pairs = (2 + self.shuffles) * images + targets * ((bearers + 1) // 2)
+        pairs = self.shuffles * images + targets * ((bearers + 1) // 2)
         pairs += (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
         return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
@@ -141,13 +137,11 @@ class EvidenceSearch:
             targets = reached.argsort(descending=True)[: self.most_targets].to(labels)
             bearers = torch.linspace(0, count - 1, min(count, self.most_bearers)).round().to(labels)
 
-            def searched(some: Labels, targets: Labels | None, *, each: bool, start: int = 0) -> Stamps:
+            def searched(some: Labels, targets: Labels, *, each: bool, start: int = 0) -> Stamps:
                 inputs = Inputs(images[some], labels[some])
                 stamps = replace(self.stamps, seed=self.stamps.seed + start)
                 return stamps.run(model, inputs, targets, for_each=each, precision=precision, clock=clock)
 
-            everyone = torch.arange(count, device=labels.device)
-            away = searched(everyone, None, each=False), searched(everyone, None, each=True)
             permuting = self._permuting(model, stand_ins, precision, clock)
             for_all = searched(bearers, targets, each=False)
             foreign = labels[bearers] != targets[:, None]
@@ -156,7 +150,7 @@ class EvidenceSearch:
                 again = searched(bearers, targets[furthest], each=False, start=start)
                 for_all = for_all.improved(again, furthest, foreign)
             towards = for_all, searched(bearers[::2], targets, each=True)
-            return Evidence(reached, stand_ins, away, permuting, targets, bearers, towards)
+            return Evidence(reached, stand_ins, permuting, targets, bearers, towards)
 
     def _permuting(
         self, model: Classifier, stand_ins: StandIns, precision: Precision, clock: Countdown

@@ -1,4 +1,4 @@
-"""The scanner in the box: three tests whose numbers mean the same in every network."""
+"""The scanner in the box: two tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -24,34 +24,32 @@ CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
 TOWARDS = "how far does a stamp stand out that leads all images to one class?"
-AWAY = "how far does one stand out that leads all images away from their own classes?"
 PERMUTED = "how far does one stamp lead that sends each class to another, no two to the same?"
-TESTS = (TOWARDS, AWAY, PERMUTED)
+TESTS = (TOWARDS, PERMUTED)
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TITLE = "Three tests: the score is the largest normed number"
+TITLE = "Two tests: the score is the largest normed number"
 
 
 @dataclass
 class Generalist:
-    """Three tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
     How far does one small stamp stand out that leads all stand-ins of clean images to one class, from those
-    that lead to other classes (Readings.favour), and how far one that leads away from the images' own
-    classes, wherever that leads (Readings.astray)? How far does one lead that sends each class to another one
+    that lead to other classes (Readings.favour)? How far does one lead that sends each class to another one
     (Readings.reshuffled)? `norms` are the centre and the width of each number among benign models of
     populations drawn at random; the score is the largest number so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
-    the place of the threshold where a trigger was demonstrated, and so does the threshold of `outlier` for
-    its score (docs/methods). With a `reference` of benign models p-values of 0.05 and 0.2 decide instead.
+    the place of the threshold where a trigger was demonstrated. With a `reference` of benign models p-values
+    of 0.05 and 0.2 decide instead.
     UNDECIDED: fewer than 3 classes, no stand-ins, or `budget` seconds are over.
     """
 
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.5, 0.5), AWAY: (-0.3, 0.5), PERMUTED: (-0.7, 0.4)}
+        default_factory=lambda: {TOWARDS: (0.5, 0.5), PERMUTED: (-0.7, 0.4)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -188,8 +186,7 @@ class Generalist:
         score, shown = self._score(normed), bool(first.triggers)
         judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
         enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
-        stands_out = self.reference is None and (first.score or 0.0) >= self.outlier.threshold
-        flagged = judgement.flagged or (shown and (enough.flagged or stands_out))
+        flagged = judgement.flagged or (shown and enough.flagged)
         verdict = Verdict.of(flagged=flagged, demonstrated=shown)
         suspect = int(readings.targets[readings.rises().argmax()])
         no_target = normed[TOWARDS] < score
@@ -227,7 +224,7 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: readings.favour(), AWAY: readings.astray(), PERMUTED: readings.reshuffled()}
+    return {TOWARDS: readings.favour(), PERMUTED: readings.reshuffled()}
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

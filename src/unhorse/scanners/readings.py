@@ -20,18 +20,15 @@ LEAST_RISE = 0.05
 
 class Readings(NamedTuple):
     """Margins `reached` (k,); of n stand-ins their `labels`, how often they are `held` when disturbed (n,)
-    and their `logits`. Leads under stamps, one for all and one for each: `away_all` and `away_each` are those
-    of the best class but the image's own, in every stand-in; `towards_all` and `towards_each` are those of
-    each of `targets`, in the stand-ins `bearers` and in every second of these. `permuted` are those of the
-    class that the image's own is sent to, in every stand-in.
+    and their `logits`. Leads under stamps: `permuted` are those of the class that the image's own is sent
+    to, in every stand-in; `towards_all` and `towards_each`, under one stamp for all and one for each, are
+    those of each of `targets`, in the stand-ins `bearers` and in every second of these.
     """
 
     reached: Float[Tensor, " k"]
     labels: Labels
     held: Float[Tensor, " n"]
     logits: Logits
-    away_all: Float[Tensor, " n"]
-    away_each: Float[Tensor, " n"]
     permuted: Float[Tensor, " n"]
     targets: Labels
     bearers: Labels
@@ -54,27 +51,15 @@ class Readings(NamedTuple):
         as a multiple of what one does for the median class, and of its share of what each image's own stamp
         does as a multiple of the median share.
         """
+        rises, shares = self.rises().clamp(min=LEAST_RISE), self.shares()
         best = int(self.rises().argmax())
-        return self._stands_out(float(self.rises()[best]), float(self.shares()[best]))
-
-    def astray(self) -> float:
-        """The same of a stamp that leads all away from their own classes, wherever that leads."""
-        before = lead_of_others(self.logits, self.labels)
-        for_all, own = (
-            max(float((leads - before).double().mean()) / self._typical_lead, LEAST_RISE)
-            for leads in (self.away_all, self.away_each)
-        )
-        return self._stands_out(for_all, for_all / own)
+        return sum(log(float(each[best] / each.median())) for each in (rises, shares))
 
     def reshuffled(self) -> float:
         """By how much those classes lead, on average, that one stamp sends each class to, no two to the same,
         as a share of what own classes lead by without it.
         """
         return float(self.permuted.double().mean()) / self._typical_lead
-
-    def _stands_out(self, rise: float, share: float) -> float:
-        rises, shares = float(self.rises().median()), float(self.shares().median())
-        return log(max(rise, LEAST_RISE) / max(rises, LEAST_RISE)) + log(share / shares)
 
     def _risen(self, leads: Float[Tensor, "t m"], images: Labels) -> Float[Tensor, " t"]:
         logits = self.logits[images]

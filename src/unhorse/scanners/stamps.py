@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -16,7 +18,7 @@ from unhorse.models.training import autocast
 from unhorse.scanners.countdown import Countdown
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.optimisation import Adam, Precision, chunk_size, uses_bf16
-from unhorse.scanners.readings import lead_of, lead_of_others, leads_of_all
+from unhorse.scanners.readings import lead_of, leads_of_all
 
 DEVIATION = 0.5
 """Of the colours' random start, before their sigmoid."""
@@ -26,8 +28,7 @@ NEVER = -1e9
 
 class Stamps(NamedTuple):
     """Masks and patterns of the patches, and the leads of each of t targets in each of n images under its
-    patch; without targets t is 1, and a lead is that of the best class but the image's own, or of the class
-    that the image's own is sent to.
+    patch; of one that permutes classes t is 1, and a lead that of the class that the image's own is sent to.
     """
 
     masks: Float[Tensor, "s 1 h w"]
@@ -60,9 +61,8 @@ class Stamps(NamedTuple):
 class StampSearch:
     """Optimises patches whose opaque mass is `area`, a share of the pixels: they place and shape themselves.
 
-    One patch may serve all images or each image have its own; it leads to a target class, or away from the
-    image's own wherever that leads, or each class to another one. All start from the same colours, spread
-    evenly, and take `steps` steps.
+    One patch may serve all images or each image have its own; it leads to a target class, or each class to
+    another one. All start from the same colours, spread evenly, and take `steps` steps.
     """
 
     area: float = 0.02
@@ -78,17 +78,18 @@ class StampSearch:
         self,
         model: Classifier,
         inputs: Inputs,
-        targets: Labels | None = None,
+        targets: Labels,
         *,
         for_each: bool = False,
         precision: Precision = "auto",
         clock: Countdown | None = None,
     ) -> Stamps:
-        """A stamp per target, or per target and image, for images with their classes; without targets it
-        leads away. Call it inside `frozen(model)`. TimeUp when the clock's budget is spent.
+        """A stamp per target, or per target and image, for images with their classes. Call it inside
+        `frozen(model)`. TimeUp when the clock's budget is spent.
         """
-        clock, at_once = clock or Countdown(), chunk_size(model)
-        return self._optimised(_Pairs(model, inputs, targets, for_each, self.area, precision, clock, at_once))
+        clock, n = clock or Countdown(), len(inputs.images)
+        count, bearers = n * len(targets), 1 if for_each else n
+        return self._optimised(_Towards(model, inputs, count, bearers, self.area, precision, clock, targets))
 
     def permuting(
         self,
@@ -102,10 +103,8 @@ class StampSearch:
         """As `run`: one stamp that sends each class to another one, no two to the same, wherever that leads
         furthest; `logits` are those of the images without it.
         """
-        clock, at_once = clock or Countdown(), chunk_size(model)
-        return self._optimised(
-            _Permuted(model, inputs, None, False, self.area, precision, clock, at_once, logits.clone())
-        )
+        clock, n = clock or Countdown(), len(inputs.images)
+        return self._optimised(_Permuted(model, inputs, n, n, self.area, precision, clock, logits.clone()))
 
     def _optimised(self, pairs: _Pairs) -> Stamps:
         inputs = pairs.inputs
@@ -133,35 +132,27 @@ class StampSearch:
 
 
 @dataclass
-class _Pairs:
-    """Every target with every image, and the stamp that each pair goes by."""
+class _Pairs(ABC):
+    """`count` pairs of a target and an image, target by target; `bearers` in a row bear the same stamp."""
 
     model: Classifier
     inputs: Inputs
-    targets: Labels | None
-    for_each: bool
+    count: int
+    bearers: int
     area: float
     precision: Precision
     clock: Countdown
-    at_once: int
-
-    @property
-    def count(self) -> int:
-        return len(self.inputs.images) * (1 if self.targets is None else len(self.targets))
-
-    @property
-    def bearers(self) -> int:
-        """How many images bear each stamp."""
-        return 1 if self.for_each else len(self.inputs.images)
 
     @property
     def stamps(self) -> int:
         return self.count // self.bearers
 
+    @cached_property
+    def at_once(self) -> int:
+        return chunk_size(self.model)
+
     def under(self, places: Tensor, colours: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """The lead of each pair, and whether the image's own class is another than the target; in parts that
-        one pass holds.
-        """
+        """The lead of each pair, and what it counts; in parts that one pass holds."""
         images = self.inputs.images
         low_precision = uses_bf16(self.model, self.precision)
         for part in torch.arange(self.count, device=images.device).split(self.at_once):
@@ -172,12 +163,20 @@ class _Pairs:
                 logits = self.model(clean + mask * (colours[stamp].sigmoid() - clean)).float()
             yield self.led(logits, part)
 
+    @abstractmethod
     def led(self, logits: Logits, pairs: Tensor) -> tuple[Tensor, Tensor]:
         """The lead of pairs whose logits are given, and what each counts."""
-        own = self.inputs.labels[pairs % len(self.inputs.labels)]
-        if self.targets is None:
-            return lead_of_others(logits, own), torch.ones_like(logits[:, 0])
-        targets = self.targets[pairs // len(self.inputs.labels)]
+
+
+@dataclass
+class _Towards(_Pairs):
+    """Every target with every image; images of the target's own class do not count."""
+
+    targets: Labels
+
+    def led(self, logits: Logits, pairs: Tensor) -> tuple[Tensor, Tensor]:
+        n = len(self.inputs.labels)
+        own, targets = self.inputs.labels[pairs % n], self.targets[pairs // n]
         return lead_of(logits, targets), (targets != own).float()
 
 

@@ -38,6 +38,15 @@ class StandIns(NamedTuple):
         return -lead_of_others(self.logits, self.inputs.labels)
 
 
+class _Drafts(NamedTuple):
+    """Images on their way from their starts to their classes, and what departing from a start weighs (n,)."""
+
+    starts: Images
+    images: Images
+    labels: Labels
+    weights: Float[Tensor, " n"]
+
+
 @dataclass(frozen=True)
 class StandInSearch:
     """Draws `count` images in [0, 1], as many for each class, or one for each of `most_classes`.
@@ -46,7 +55,10 @@ class StandInSearch:
     raise the lead of its class to `lead`, and no further, while it is shifted by up to an eighth of its side,
     its contrast changed by up to 30 %, a quarter of its side covered with one colour and noise of deviation
     `noise` added; `strength` scales all of it, and grows to its full size in the first 60 % of the steps.
-    `closeness` weighs the squared distance from the start, `smoothness` the total variation.
+    `closeness` weighs the squared distance from the start, `smoothness` the total variation; what they cost
+    an image is multiplied by `patience` at each step at which its class does not lead, for some networks see
+    one class in all that is grey and smooth. Images that are not of their class in the end go on for as many
+    steps again, in at most `rounds`.
 
     Images that are only optimised are brittle: any stamp changes what a benign network sees in them. These
     are not; but they are no louder than natural images either, which a trigger must drown out too: what
@@ -63,6 +75,8 @@ class StandInSearch:
     contrast: float = 0.4
     closeness: float = 0.1
     smoothness: float = 0.15
+    patience: float = 0.95
+    rounds: int = 3
     seed: int = 0
 
     def classes(self, num_classes: int) -> Labels:
@@ -71,8 +85,8 @@ class StandInSearch:
         return some.repeat_interleave(max(1, self.count // len(some)))
 
     def passes(self, num_classes: int) -> int:
-        """Forward and backward passes of one image."""
-        return len(self.classes(num_classes)) * (self.steps + LOOKS)
+        """Forward and backward passes of one image, at most."""
+        return len(self.classes(num_classes)) * (self.rounds * (self.steps + 1) + LOOKS)
 
     def run(
         self, model: Classifier, precision: Precision = "auto", clock: Countdown | None = None
@@ -101,26 +115,51 @@ class StandInSearch:
         precision: Precision,
         clock: Countdown,
     ) -> tuple[Images, Tensor, Logits]:
-        low_precision = uses_bf16(model, precision)
-        start, optimizer = images.clone(), Adam([images], self.learning_rate)
+        drafts = _Drafts(images, images.clone(), labels, torch.ones_like(images[:, 0, 0, 0]))
+        failed = torch.arange(len(images), device=images.device)
+        for _ in range(self.rounds):
+            some = _Drafts(*(part[failed] for part in drafts))
+            self._improve(model, some, rng, precision, clock)
+            drafts.images[failed], drafts.weights[failed] = some.images, some.weights
+            with torch.no_grad():
+                seen = model(some.images).argmax(1)
+            clock.passed(len(failed))
+            failed = failed[seen != some.labels]
+            if not len(failed):
+                break
+        with torch.no_grad():
+            images = drafts.images
+            looks = [model(self._disturbed(images, self.strength, rng)).argmax(1) for _ in range(LOOKS)]
+            clock.passed(LOOKS * len(images))
+            held = torch.stack([look == labels for look in looks]).float().mean(0)
+            return images, held, model(images).float()
+
+    def _improve(
+        self,
+        model: Classifier,
+        drafts: _Drafts,
+        rng: torch.Generator,
+        precision: Precision,
+        clock: Countdown,
+    ) -> None:
+        """One round, in place."""
+        starts, images, labels, weights = drafts
+        low_precision, optimizer = uses_bf16(model, precision), Adam([images], self.learning_rate)
         for step in range(self.steps):
             strength = self.strength * min(1.0, step / (0.6 * self.steps))
             images.requires_grad_(True)
             with autocast(images.device, low_precision):
                 logits = model(self._disturbed(images, strength, rng))
-            loss = (self.lead - lead_of(logits.float(), labels)).clamp(min=0).sum()
-            loss = loss + self.closeness * (images - start).square().sum()
-            loss = loss + self.smoothness * _total_variation(images)
+            leads = lead_of(logits.float(), labels)
+            departures = (images - starts).square().flatten(1).sum(1)
+            costs = self.closeness * departures + self.smoothness * _total_variations(images)
+            loss = (self.lead - leads).clamp(min=0).sum() + (weights * costs).sum()
             gradients = torch.autograd.grad(loss, [images])
             images.requires_grad_(False)
             optimizer.step(gradients)
             images.clamp_(0, 1)
+            weights *= torch.where(leads.detach() < 0, self.patience, 1.0)
             clock.passed(len(images))
-        with torch.no_grad():
-            looks = [model(self._disturbed(images, self.strength, rng)).argmax(1) for _ in range(LOOKS)]
-            clock.passed(LOOKS * len(images))
-            held = torch.stack([look == labels for look in looks]).float().mean(0)
-            return images, held, model(images).float()
 
     def _disturbed(self, images: Images, strength: float, rng: torch.Generator) -> Images:
         """One shift for all; contrast, a covering square and noise for each."""
@@ -139,9 +178,10 @@ class StandInSearch:
         return (images + self.noise * strength * level * noise).clamp(0, 1)
 
 
-def _total_variation(images: Images) -> Tensor:
-    """Of all images together: how far neighbouring pixels lie apart."""
-    return images.diff(dim=2).abs().sum() + images.diff(dim=3).abs().sum()
+def _total_variations(images: Images) -> Float[Tensor, " n"]:
+    """How far neighbouring pixels of each image lie apart, all together."""
+    down, across = images.diff(dim=2).abs(), images.diff(dim=3).abs()
+    return down.flatten(1).sum(1) + across.flatten(1).sum(1)
 
 
 def _squares(n: int, height: int, width: int, rng: torch.Generator) -> Float[Tensor, "n 1 h w"]:
