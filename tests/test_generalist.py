@@ -18,7 +18,7 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import PERMUTED, TESTS, TITLE, TOWARDS, Generalist
+from unhorse.scanners.generalist import APART, PERMUTED, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import Readings, lead_of, lead_of_others, leads_of_all
 from unhorse.scanners.stamps import StampSearch, permuted
@@ -321,10 +321,13 @@ def test_the_numbers_are_known_and_free_of_scale():
     assert readings.rises().tolist() == readings.shares().tolist() == pytest.approx([0.25, 0.25])
     assert readings.favour() == pytest.approx(0)
     assert readings.reshuffled() == pytest.approx(-0.75)
+    assert readings.apart() == 0
     leads = ("logits", "permuted", "towards_all", "towards_each")
     larger = readings_of(**{name: 7 * getattr(readings, name) for name in leads})
     assert larger.rises().tolist() == larger.shares().tolist() == pytest.approx([0.25, 0.25])
     assert larger.reshuffled() == pytest.approx(-0.75)
+    assert readings_of(reached=torch.tensor([2.0, 6.0, 4.0])).apart() == pytest.approx(math.log(1.5))
+    assert readings_of(reached=torch.tensor([-2.0, 6.0, -4.0])).apart() == pytest.approx(math.log(1000))
     assert readings_of(permuted=torch.tensor([1.0, 2.0, 3.0])).reshuffled() == pytest.approx(0.5)
 
 
@@ -370,7 +373,8 @@ def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_count
     scanner = Generalist(norms={PERMUTED: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, abs=1e-3)
     both = Generalist(norms={PERMUTED: (0.0, 1.0), TOWARDS: (-9.0, 1.0)})
-    assert float(both.scores([scored(2.0)])) == pytest.approx(9.0)
+    assert float(both.scores([scored(8.0)])) == pytest.approx(math.log((math.exp(8) + math.exp(9)) / 2))
+    assert float(both.scores([scored(9000.0)])) == pytest.approx(9000 - math.log(2))  # nothing overflows
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
@@ -397,10 +401,25 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     )
     normed = [float(row[-1]) for row in table.rows]
     assert tuple(row[0] for row in table.rows) == TESTS
-    assert max(normed) == pytest.approx(result.score, abs=1e-3)
+    assert torch.tensor(normed).exp().mean().log().item() == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note
+
+
+def test_the_largest_number_says_which_class_is_suspected(fitted):
+    model = planted(1)[0][0]
+
+    def suspected(largest: str) -> int | None:
+        norms = {test: (-99.0 if test == largest else 99.0, 1.0) for test in TESTS}
+        result = replace(fitted, norms=norms, threshold=0.0).scan(model)
+        assert result.verdict is Verdict.SUSPICIOUS
+        return result.target
+
+    readings = Readings.read(fitted.features(model))
+    assert suspected(TOWARDS) == int(readings.targets[readings.rises().argmax()])
+    assert suspected(APART) == int(readings.reached.argmax())
+    assert suspected(PERMUTED) is None
 
 
 def test_a_reference_decides_in_place_of_the_threshold(fitted):

@@ -1,4 +1,4 @@
-"""The scanner in the box: two tests whose numbers mean the same in every network."""
+"""The scanner in the box: three tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from math import inf
+from math import inf, log
 from typing import Any, Self
 
 import torch
@@ -25,21 +25,24 @@ FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 """What share of benign models a score alone may flag, and one that a demonstrated trigger goes with."""
 TOWARDS = "how far does a stamp stand out that leads all images to one class?"
 PERMUTED = "how far does one stamp lead that sends each class to another, no two to the same?"
-TESTS = (TOWARDS, PERMUTED)
+APART = "how far is the class that is easiest to reach from the next one?"
+TESTS = (TOWARDS, PERMUTED, APART)
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TITLE = "Two tests: the score is the largest normed number"
+TITLE = "Three tests: the score is the logarithm of the mean of e to the normed numbers"
 
 
 @dataclass
 class Generalist:
-    """Two tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Three tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
     How far does one small stamp stand out that leads all stand-ins of clean images to one class, from those
     that lead to other classes (Readings.favour)? How far does one lead that sends each class to another one
-    (Readings.reshuffled)? `norms` are the centre and the width of each number among benign models of
-    populations drawn at random; the score is the largest number so normed.
+    (Readings.reshuffled)? How far is the class that one image of its own reaches most easily from the next
+    (Readings.apart)? `norms` are the centre and the width of each number among benign models of populations
+    drawn at random. A Trojan shows in one of them or in several, each hardly above what benign models have:
+    the score is the logarithm of the mean of e to the numbers so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated. With a `reference` of benign models p-values
     of 0.05 and 0.2 decide instead.
@@ -49,7 +52,7 @@ class Generalist:
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.5, 0.5), PERMUTED: (-0.7, 0.4)}
+        default_factory=lambda: {TOWARDS: (0.6, 0.7), PERMUTED: (-0.9, 0.6), APART: (0.1, 0.3)}
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -116,7 +119,7 @@ class Generalist:
 
     @staticmethod
     def _score(normed: Mapping[str, float]) -> float:
-        return max(normed.values())
+        return float(torch.tensor(list(normed.values())).double().logsumexp(0)) - log(len(normed))
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class Generalist:
     # --- results --------------------------------------------------------------------------------------------
 
     def _judged(self, model: Classifier, first: ScanResult, evidence: Evidence) -> ScanResult:
-        """What the activation outlier found, `first`, with both tests in the place of its score."""
+        """What the activation outlier found, `first`, with the tests in the place of its score."""
         readings = evidence.readings()
         normed, numbers = self.normed(readings), _numbers(readings)
         score, shown = self._score(normed), bool(first.triggers)
@@ -188,8 +191,11 @@ class Generalist:
         enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
         flagged = judgement.flagged or (shown and enough.flagged)
         verdict = Verdict.of(flagged=flagged, demonstrated=shown)
-        suspect = int(readings.targets[readings.rises().argmax()])
-        no_target = normed[TOWARDS] < score
+        suspects = {
+            TOWARDS: int(readings.targets[readings.rises().argmax()]),
+            APART: int(readings.reached.argmax()),
+        }
+        suspect = suspects.get(max(normed, key=normed.__getitem__))
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
@@ -206,7 +212,7 @@ class Generalist:
             threshold=self.threshold,
             p_value=judgement.p_value,
             reference=self.reference,
-            target=(min(first.triggers) if shown else None if no_target else suspect) if found else None,
+            target=(min(first.triggers) if shown else suspect) if found else None,
             facts={
                 **first.facts,
                 "threshold with a demonstrated trigger": self.corroborated,
@@ -224,7 +230,7 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: readings.favour(), PERMUTED: readings.reshuffled()}
+    return {TOWARDS: readings.favour(), PERMUTED: readings.reshuffled(), APART: readings.apart()}
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -20,6 +20,8 @@ from unhorse.scanners.screening import Plan
 BASE_LEVELS = (0.0, 0.5, 0.25, 0.75)  # start images: a flat grey of this level and some noise
 SHOWN = 50
 """At most as many maps are kept: those of 1000 classes at 224x224 would take 600 MB per start."""
+LEAST_MARGIN = 1e-3
+"""The least margin, as a share of the largest: one below 0 says no more."""
 
 
 class Margins(NamedTuple):
@@ -203,7 +205,7 @@ def outlier_score(reached: Float[Tensor, " k"]) -> float:
     """log(largest / median) + standard deviation / mean of positive margins; negative margins count as nearly
     zero.
     """
-    margins = reached.double().clamp(min=1e-3 * float(reached.max()))
+    margins = reached.double().clamp(min=LEAST_MARGIN * float(reached.max()))
     outlier = torch.log(margins.max() / margins.quantile(0.5))
     return float(outlier + margins.std(correction=0) / margins.mean())
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unhorse.core import Labels, Logits
+from unhorse.scanners.margins import LEAST_MARGIN
 
 DIGITS = 5
 """Significant digits that are kept of a reading."""
@@ -60,6 +61,11 @@ class Readings(NamedTuple):
         as a share of what own classes lead by without it.
         """
         return float(self.permuted.double().mean()) / self._typical_lead
+
+    def apart(self) -> float:
+        """How far the class with the largest margin is from the next one: the logarithm of their ratio."""
+        first, second = self.reached.double().topk(2).values.tolist()
+        return log(first / max(second, LEAST_MARGIN * first))
 
     def _risen(self, leads: Float[Tensor, "t m"], images: Labels) -> Float[Tensor, " t"]:
         logits = self.logits[images]
