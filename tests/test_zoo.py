@@ -228,8 +228,16 @@ def test_a_population_may_get_further_groups_but_no_other_ones_of_the_same_name(
     further = groups[0] | {"name": "placebo", "count": 1, "attack": {"kind": "badnet", "mode": "placebo"}}
     assert build(spec(groups=[*groups, further]), population)["trained_now"] == 1
     assert before.items() < hashes(population).items()
+    narrower = [groups[0] | {"count": 1}]
+    assert build(spec(groups=narrower), population)["trained_now"] == 0
+    record = json.loads((population / "population.json").read_text())["spec"]["groups"]
+    assert [(group["name"], group["count"]) for group in record] == [
+        ("benign", 2),
+        ("patch", 2),
+        ("placebo", 1),
+    ]
     with pytest.raises(ValueError, match="another group"):
-        build(spec(groups=[*groups, further | {"attack": None}]), population)
+        build(spec(groups=[further | {"attack": None}]), population)
 
 
 FAMILY = """

@@ -194,12 +194,14 @@ def _claim(spec: ZooSpec, folder: Path) -> None:
             raise ValueError(f"{folder} holds another population ({found.identity()}): choose another folder")
         known = {(group.split, group.name): group for group in found.groups}
     for group in spec.groups:
-        there = known.setdefault((group.split, group.name), group)
+        there = known.get((group.split, group.name), group)
         if there.attack != group.attack:
             raise ValueError(
                 f"{folder} has another group {group.split}/{group.name}: give this one another name"
             )
-    _write_json(path, {"identity": spec.identity(), "spec": json.loads(spec.model_dump_json())})
+        known[group.split, group.name] = max(there, group, key=lambda each: each.count)
+    held = spec.model_copy(update={"groups": tuple(known.values())})  # a narrower spec forgets nothing
+    _write_json(path, {"identity": spec.identity(), "spec": json.loads(held.model_dump_json())})
 
 
 def _write_json(path: Path, value: object) -> None:
