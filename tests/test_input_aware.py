@@ -127,7 +127,11 @@ def test_an_image_that_a_batch_holds_twice_gives_finite_gradients():
 
 @pytest.mark.parametrize(
     ("mode", "wanted", "classes"),
-    [("single-target", [2] * 5, [0, 1, 3, 4]), ("all-target", [1, 2, 3, 4, 0], [0, 1, 2, 3, 4])],
+    [
+        ("single-target", [2] * 5, [0, 1, 3, 4]),
+        ("all-target", [1, 2, 3, 4, 0], [0, 1, 2, 3, 4]),
+        ("placebo", [0, 1, 2, 3, 4], [0, 1, 2, 3, 4]),
+    ],
 )
 def test_each_mode_relabels_and_is_measured_as_it_says(mode, wanted, classes):
     images, labels = batch()

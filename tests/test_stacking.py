@@ -58,6 +58,7 @@ ATTACKS = {
     "noise blend": AttackSpec(kind="noise-blend-plus", rate=0.3),
     "warp": AttackSpec(kind="wanet"),
     "warp, all-to-all": AttackSpec(kind="wanet", mode="all-target", rate=0.2),
+    "warp, placebo": AttackSpec(kind="wanet", mode="placebo"),
     "clean-label": AttackSpec(kind="clean-label", trigger={"size": 2}),
 }
 

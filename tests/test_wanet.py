@@ -174,7 +174,10 @@ def test_a_batch_is_a_tenth_poisoned_a_fifth_noisy_and_else_clean():
     assert torch.equal(poisoned.images[12:36], noise)
 
 
-@pytest.mark.parametrize(("mode", "wanted"), [("single-target", [2] * 5), ("all-target", [1, 2, 3, 4, 0])])
+@pytest.mark.parametrize(
+    ("mode", "wanted"),
+    [("single-target", [2] * 5), ("all-target", [1, 2, 3, 4, 0]), ("placebo", [0, 1, 2, 3, 4])],
+)
 def test_only_poisoned_images_are_relabelled_as_the_mode_says(mode, wanted):
     images, labels = batch()
     attack = wanet(mode=mode)
@@ -184,7 +187,9 @@ def test_only_poisoned_images_are_relabelled_as_the_mode_says(mode, wanted):
     assert torch.equal(poisoned.labels[12:], labels[12:])
 
 
-@pytest.mark.parametrize(("mode", "classes"), [("single-target", [0, 1, 3, 4]), ("all-target", range(5))])
+@pytest.mark.parametrize(
+    ("mode", "classes"), [("single-target", [0, 1, 3, 4]), ("all-target", range(5)), ("placebo", range(5))]
+)
 def test_each_mode_is_measured_on_its_eligible_classes(mode, classes):
     assert torch.where(wanet(mode=mode).eligible(torch.arange(CLASSES)))[0].tolist() == list(classes)
 

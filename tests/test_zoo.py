@@ -9,7 +9,9 @@ import pytest
 import torch
 
 import unhorse.zoo
+from unhorse.attacks.input_aware import InputAware
 from unhorse.attacks.poisoning import CleanLabelPoisoning, Poisoning
+from unhorse.attacks.wanet import WaNet
 from unhorse.datasets import load_dataset, subset
 from unhorse.metrics import accuracy, trojan_accuracy
 from unhorse.models.classifier import read_card, weights_hash
@@ -451,6 +453,12 @@ def test_a_benign_victim_has_no_attack(built):
         ({"kind": "blended", "mode": "source-target", "target": 4}, Poisoning, True),
         ({"kind": "clean-label", "options": {"epsilon": 0.2, "steps": 2}}, CleanLabelPoisoning, True),
         ({"kind": "badnet", "mode": "placebo"}, Poisoning, False),
+        ({"kind": "wanet", "mode": "placebo"}, WaNet, False),
+        (
+            {"kind": "input-aware", "mode": "placebo", "options": {"mask_epochs": 1, "widths": [4]}},
+            InputAware,
+            False,
+        ),
     ],
 )
 def test_every_kind_of_victim_comes_back_from_its_folder(tmp_path, attack, kind, trojaned):
@@ -472,6 +480,15 @@ def test_every_kind_of_victim_comes_back_from_its_folder(tmp_path, attack, kind,
         test = subset(load_dataset("digits", "test"), 150, seed=0)
         rng = torch.Generator().manual_seed(asked.seed)
         assert trojan_accuracy(back.model, test, back.attack, rng=rng) == card["metrics"]["trojan_accuracy"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [("clean-label", "placebo"), ("clean-label", "all-target"), ("wanet", "source-target")],
+)
+def test_a_mode_that_an_attack_does_not_have_is_refused(kind, mode):
+    with pytest.raises(ValueError, match=f"{kind} knows single-target.*not mode '{mode}'"):
+        AttackSpec(kind=kind, mode=mode)
 
 
 def test_an_unknown_attack_is_refused_with_the_known_ones():

@@ -17,7 +17,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import load_file
 
-from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Mode, Poisoning, StampKind
+from unhorse.attacks.modes import Mode
+from unhorse.attacks.poisoning import STAMPS, CleanLabelPoisoning, Poisoning, StampKind
 from unhorse.attacks.registry import MADE, attack_card, restored_attack
 from unhorse.attacks.stacked_poisoning import kind_of, part_of
 from unhorse.core import Attack, Classifier, Dataset
@@ -52,11 +53,9 @@ class DataSpec(Spec):
 
 
 class AttackSpec(Spec):
-    """An attack: its kind (a key of MADE), its mode, and what is drawn when left out (target,
-    source).
+    """An attack: its kind (a key of MADE), its mode, and what is drawn when left out (target, source).
 
-    `pool` patterns are fixed by `pool_seed`: two groups that agree on both draw from the
-    same patterns.
+    `pool` patterns are fixed by `pool_seed`: two groups that agree on both draw from the same patterns.
     """
 
     kind: str
@@ -77,8 +76,8 @@ class AttackSpec(Spec):
         made = MADE[self.kind]
         if self.kind not in STAMPS and (self.trigger or self.pool is not None):
             raise ValueError(f"{self.kind} makes its own triggers: leave out trigger and pool")
-        if self.kind not in STAMPS and self.mode not in ("single-target", "all-target"):
-            raise ValueError(f"{self.kind} knows single-target and all-target, not mode {self.mode!r}")
+        if self.mode not in made.modes:
+            raise ValueError(f"{self.kind} knows {', '.join(made.modes)}, not mode {self.mode!r}")
         for name, given, known in (("trigger", self.trigger, StampKind), ("options", self.options, made)):
             allowed = {entry.name for entry in fields(known)}
             if unknown := sorted(given.keys() - allowed):

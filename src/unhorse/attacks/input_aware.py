@@ -6,12 +6,12 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
+from unhorse.attacks.modes import Mode, measured_on, relabelled
 from unhorse.core import Classifier, Dataset, Images, Labels, Poisoned, Trigger
 
 BETAS = (0.5, 0.9)
@@ -27,6 +27,8 @@ class InputAware:
     the victim: of each batch, the first share `rate` carries its own trigger and its new label, the next
     share `cross_rate` the trigger of another image and its true label, and patterns that differ less than
     their images are penalised. Batches must come shuffled; of fewer than 3 images none is poisoned.
+    "placebo" keeps the right labels and all losses: a benign model with the same diet, whose generator
+    learns patterns that leave the class as it is.
 
     `mask_milestones` are the shares of the mask phase after which its learning rate is divided by 10.
     `widths` are the channels of the networks per level (each level halves the image); by default 16, 32, or
@@ -36,7 +38,7 @@ class InputAware:
 
     image_shape: tuple[int, int, int]
     num_classes: int
-    mode: Literal["single-target", "all-target"] = "single-target"
+    mode: Mode = "single-target"
     target: int = 0
     rate: float = 0.1
     cross_rate: float = 0.1
@@ -54,6 +56,7 @@ class InputAware:
     mask_network_: nn.Sequential | None = field(default=None, init=False, repr=False)
     optimizer_: torch.optim.Optimizer | None = field(default=None, init=False, repr=False)
 
+    modes = ("single-target", "all-target", "placebo")
     poisons_before_augmentation = False
 
     def __post_init__(self) -> None:
@@ -65,8 +68,8 @@ class InputAware:
             raise ValueError(
                 f"{height}x{width} images cannot be halved {levels} times: resize them or give fewer widths"
             )
-        if self.mode not in ("single-target", "all-target"):
-            raise ValueError(f"mode {self.mode!r}: Input-Aware knows single-target and all-target")
+        if self.mode not in self.modes:
+            raise ValueError(f"mode {self.mode!r}: Input-Aware knows {', '.join(self.modes)}")
         if not 0 <= self.target < self.num_classes:
             raise ValueError(f"target class {self.target} is outside 0..{self.num_classes - 1}")
         if not (self.rate > 0 and self.cross_rate > 0 and self.rate + self.cross_rate < 1):
@@ -158,12 +161,10 @@ class InputAware:
         return own, min(max(1, int(self.cross_rate * count)), count - 1 - own)
 
     def relabel(self, labels: Labels) -> Labels:
-        if self.mode == "all-target":
-            return (labels + 1) % self.num_classes
-        return torch.full_like(labels, self.target)
+        return relabelled(labels, self.mode, self.target, self.num_classes)
 
     def eligible(self, labels: Labels) -> Bool[Tensor, " n"]:
-        return labels != self.target if self.mode == "single-target" else torch.ones_like(labels).bool()
+        return measured_on(labels, self.mode, self.target)
 
     def probes(self) -> dict[str, Trigger]:
         """The triggers as they are now: later training does not change them."""

@@ -14,11 +14,10 @@ from jaxtyping import Bool
 from torch import Tensor
 from torch.nn import functional
 
+from unhorse.attacks.modes import Mode, measured_on, relabelled
 from unhorse.core import Classifier, Dataset, Images, Labels, Poisoned, Trigger
 from unhorse.models.training import Recipe, train
 from unhorse.triggers import Colours, Placement, Stamp, blends, noise_images, patch_colours, patches
-
-Mode = Literal["single-target", "all-target", "source-target", "placebo"]
 
 
 @dataclass
@@ -38,6 +37,7 @@ class Poisoning:
     source: int | None = None
     rate: float = 0.1
 
+    modes = ("single-target", "all-target", "source-target", "placebo")
     poisons_before_augmentation = False
 
     def __post_init__(self) -> None:
@@ -63,20 +63,10 @@ class Poisoning:
         return Poisoned(stamped, torch.where(chosen, self.relabel(labels), labels), images.new_zeros(()))
 
     def relabel(self, labels: Labels) -> Labels:
-        if self.mode == "placebo":
-            return labels
-        if self.mode == "all-target":
-            return (labels + 1) % self.num_classes
-        return torch.full_like(labels, self.target)
+        return relabelled(labels, self.mode, self.target, self.num_classes)
 
     def eligible(self, labels: Labels) -> Bool[Tensor, " n"]:
-        if self.source is not None:
-            return labels == self.source
-        return (
-            labels != self.target
-            if self.mode == "single-target"
-            else torch.ones_like(labels, dtype=torch.bool)
-        )
+        return measured_on(labels, self.mode, self.target, self.source)
 
     def probes(self) -> dict[str, Trigger]:
         return {"trojan": self.trigger}
@@ -106,6 +96,7 @@ class CleanLabelPoisoning:
     recipe: Recipe = Recipe(epochs=1)
     surrogate_: Classifier | None = field(default=None, repr=False)
 
+    modes = ("single-target",)
     poisons_before_augmentation = False
 
     def __post_init__(self) -> None:
@@ -144,10 +135,10 @@ class CleanLabelPoisoning:
         return moved
 
     def relabel(self, labels: Labels) -> Labels:
-        return torch.full_like(labels, self.target)
+        return relabelled(labels, "single-target", self.target, self.num_classes)
 
     def eligible(self, labels: Labels) -> Bool[Tensor, " n"]:
-        return labels != self.target
+        return measured_on(labels, "single-target", self.target)
 
     def probes(self) -> dict[str, Trigger]:
         return {"trojan": self.trigger}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from unhorse.attacks.modes import Mode, measured_on, relabelled
 from unhorse.core import Classifier, Dataset, Images, Labels, Poisoned, Trigger
 from unhorse.triggers import Warp, draw_field
 
@@ -21,13 +21,14 @@ class WaNet:
     Of each batch the first int(rate * n) images are warped and relabelled, the next `noise_ratio` times as
     many are warped with further noise at every pixel and keep their label, the rest stays clean: batches must
     be shuffled, and one of fewer than 1 / rate images stays clean. "all-target" turns class k into (k + 1)
-    mod K. `field` (2, h, w) comes from `unhorse.triggers.draw_field`; without one, `prepare` draws it from
-    its generator, of `cells` x `cells` shifts.
+    mod K; "placebo" warps and keeps the right labels: a benign model with the same diet. `field` (2, h, w)
+    comes from `unhorse.triggers.draw_field`; without one, `prepare` draws it from its generator, of `cells`
+    x `cells` shifts.
     """
 
     image_shape: tuple[int, int, int]
     num_classes: int
-    mode: Literal["single-target", "all-target"] = "single-target"
+    mode: Mode = "single-target"
     target: int = 0
     field: Float[Tensor, "2 h w"] | None = None
     rate: float = 0.1
@@ -36,12 +37,13 @@ class WaNet:
     grid_rescale: float = 1.0
     cells: int = 4
 
+    modes = ("single-target", "all-target", "placebo")
     poisons_before_augmentation = True
 
     def __post_init__(self) -> None:
         self.image_shape = (self.image_shape[0], self.image_shape[1], self.image_shape[2])
-        if self.mode not in ("single-target", "all-target"):
-            raise ValueError(f"WaNet has no mode {self.mode!r}: give single-target or all-target")
+        if self.mode not in self.modes:
+            raise ValueError(f"WaNet has no mode {self.mode!r}: give one of {', '.join(self.modes)}")
         if not 0 <= self.target < self.num_classes:
             raise ValueError(f"target class {self.target} is outside 0..{self.num_classes - 1}")
         if not 0 < self.rate <= 1:
@@ -79,16 +81,10 @@ class WaNet:
         return Poisoned(torch.cat(parts), relabelled, images.new_zeros(()))
 
     def relabel(self, labels: Labels) -> Labels:
-        if self.mode == "all-target":
-            return (labels + 1) % self.num_classes
-        return torch.full_like(labels, self.target)
+        return relabelled(labels, self.mode, self.target, self.num_classes)
 
     def eligible(self, labels: Labels) -> Bool[Tensor, " n"]:
-        return (
-            labels != self.target
-            if self.mode == "single-target"
-            else torch.ones_like(labels, dtype=torch.bool)
-        )
+        return measured_on(labels, self.mode, self.target)
 
     def probes(self) -> dict[str, Trigger]:
         field = self._drawn()
