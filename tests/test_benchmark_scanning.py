@@ -234,6 +234,7 @@ def of(rows: list[dict], **wanted: object) -> list[dict]:
 
 
 FITTED = 'fit = [{ population = "home.toml" }]\n'
+BESIDE = 'judge = [{ population = "family.toml", groups = ["placebo", "patch"], beside = "placebo" }]\n'
 JUDGED = 'judge = [{ population = "home.toml", groups = ["benign", "patch", "all-to-all"] }]\nseeds = [0]\n'
 
 
@@ -290,6 +291,26 @@ def test_another_population_is_judged_by_who_can_and_the_others_say_why_not(plac
     said = capsys.readouterr().err
     assert "picky on away held-back: no row, images of 8x8 alone" in said
     assert "learner on away held-back: no row, another image shape" in said
+
+
+def test_infected_models_beside_placebos_are_compared_with_those_alone(place):
+    beside = ('["benign", "patch", "all-to-all"] }', '["patch", "all-to-all"], beside = "all-to-all" }')
+    spec = (place / "home.toml").read_text()
+    (place / "home.toml").write_text(spec.replace("all-target", "placebo"))
+    home = place / "work" / "home"
+    for path in (home / "population.json", *home.glob("held-back/all-to-all-*/card.json")):
+        text = path.read_text().replace("all-target", "placebo")
+        path.write_text(text.replace('"trojaned": true', '"trojaned": false'))
+    rows = run(place, JUDGED.replace(*beside) + 'methods = [{ name = "marked" }]')
+    marks = {group: torch.tensor(HOME["held-back", group]) for group in ("patch", "all-to-all")}
+    wins = (marks["patch"][:, None] > marks["all-to-all"]).double()
+    ties = (marks["patch"][:, None] == marks["all-to-all"]).double()
+    wanted = (wins + ties / 2).mean().item()
+    assert wanted != pytest.approx(13 / 15)  # what it is beside the benign models
+    assert value(rows, metric="auroc", attack="badnet") == pytest.approx(wanted)
+    assert {row["options"]["beside"] for row in rows} == {"all-to-all"}
+    (alarms,) = of(rows, metric="fpr")
+    assert (alarms["attack"], alarms["n"]) == ("benign", len(marks["all-to-all"]))
 
 
 def test_pooled_rows_are_of_all_judged_populations_as_if_they_were_one(place):
@@ -662,6 +683,9 @@ def test_no_fit_of_leave_one_out_sees_what_it_scores(place):
         (JUDGED.replace('"benign", ', "") + 'methods = [{ name = "marked" }]', "no benign models"),
         ('leave_one_out = true\njudge = [{ population = "home.toml" }]\nmethods = []', "at least 3"),
         (JUDGED + "folds = 3\nmethods = []", "leave_one_out = true"),
+        (JUDGED.replace("] }", '], beside = "patch" }') + "methods = []", "name a judged group of placebos"),
+        (LEFT_OUT.replace(" }", ', beside = "placebo" }') + "methods = []", "not leave_one_out"),
+        (BESIDE.replace('["placebo"', '["benign", "placebo"') + "methods = []", "leave the other out"),
         (JUDGED.replace("}]", "}, { population = 'home.toml' }]") + "methods = []", "judged twice"),
     ],
 )

@@ -39,9 +39,14 @@ class FittedSpec(Spec):
 
 
 class JudgedSpec(FittedSpec):
-    """Models to judge; with a `variant` (its name, or a table with its options) changed copies of them."""
+    """Models to judge; with a `variant` (its name, or a table with its options) changed copies of them.
+
+    `beside` names a placebo group that takes the part of the benign models: then what tells an infected model
+    is its Trojan, and not that it saw the trigger. Name its group and the infected ones in `groups`.
+    """
 
     variant: VariantSpec | None = None
+    beside: str | None = None
 
     @field_validator("variant", mode="before")
     @classmethod
@@ -100,15 +105,19 @@ class Selection(NamedTuple):
     kinds: Kinds
     members: tuple[Member, ...]
     variant: VariantSpec | None = None
+    beside: str | None = None
 
     @property
     def label(self) -> str:
-        words = (self.population.zoo.name, self.split or "", self.variant.name if self.variant else "")
+        variant, beside = self.variant.name if self.variant else "", f"beside {self.beside}"
+        words = (self.population.zoo.name, self.split or "", variant, beside if self.beside else "")
         return " ".join(filter(None, words))
 
     @property
     def benign(self) -> tuple[bool, ...]:
-        """Which members had no attack at all: placebos are neither benign nor trojaned."""
+        """Which members had no attack at all: placebos are neither benign nor trojaned, but for those that
+        others are judged beside.
+        """
         return tuple(self.kinds[member.group] is None for member in self.members)
 
     @property
@@ -150,18 +159,34 @@ class Cast:
         for part in parts:
             for population in self.named(part.population):
                 where = part.split or split
-                kinds, chosen = population.kinds(where, part.groups), population.chosen(part, where)
+                chosen, kinds = population.chosen(part, where), population.kinds(where, part.groups)
                 if part.variant is not None:
                     folder = population.folder.with_name(f"{population.folder.name}-{part.variant.name}")
                     chosen = make_variants(chosen, folder, part.variant, workers=workers)
                     chosen = _still_infected(chosen, kinds, population.zoo.acceptance, part.variant)
-                selection = Selection(population, where, kinds, chosen, part.variant)
+                if part.beside is not None:
+                    kinds = _beside(kinds, part.beside)
+                selection = Selection(population, where, kinds, chosen, part.variant, part.beside)
                 if not any(selection.benign):
                     raise ValueError(
                         f"{selection.label}: no benign models among the judged ones, so no score can be "
                         "compared: name a group without an attack too"
                     )
                 yield selection
+
+
+def _beside(kinds: Kinds, placebo: str) -> dict[str, AttackSpec | None]:
+    """The attacks of groups, where one of placebos counts as benign."""
+    attack = kinds.get(placebo)
+    if attack is None or attack.mode != "placebo":
+        known = [name for name, each in kinds.items() if each is not None and each.mode == "placebo"]
+        raise ValueError(f"beside {placebo!r}: name a judged group of placebos, {known or 'here none'}")
+    if benign := [name for name, each in kinds.items() if each is None]:
+        raise ValueError(
+            f"beside {placebo!r} and benign models ({', '.join(benign)}): compare with one kind, so leave "
+            "the other out of `groups`"
+        )
+    return {**kinds, placebo: None}
 
 
 def _still_infected(

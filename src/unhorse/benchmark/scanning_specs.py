@@ -83,6 +83,10 @@ class ScanningSpec(Spec):
             )
         if self.folds is not None and not self.leave_one_out:
             raise ValueError("folds are left out in turn: say leave_one_out = true too")
+        if any(part.beside for part in self.judge) and (self.leave_one_out or self.pooled):
+            raise ValueError(
+                "models beside placebos are compared with those alone: not leave_one_out or pooled"
+            )
         if self.pooled and (self.leave_one_out or not self.judge):
             raise ValueError("pooled rows are of populations in `judge`; leave_one_out has them by itself")
         learning = [method.name for method in self.methods if METHODS[method.name].learns]

@@ -208,12 +208,13 @@ class ScanningTable:
         }
 
     def _which(self, selection: Selection) -> dict[str, Any]:
-        """Options that say which of several populations is judged, and how it was changed."""
+        """Options that say which of several populations is judged, how it was changed, and beside what."""
         name = selection.population.zoo.name
         home = {each.population.zoo.name for each in self.fitted}
         others = {each.population.zoo.name for each in self.judged} - {name}
         elsewhere = not self.spec.leave_one_out and name not in home and bool(home or others)
-        return ({"judged": name} if elsewhere else {}) | _variant_options(selection.variant)
+        beside = {"beside": selection.beside} if selection.beside else {}
+        return ({"judged": name} if elsewhere else {}) | beside | _variant_options(selection.variant)
 
 
 def _together(several: Sequence[Selection], number: int) -> Selection:
