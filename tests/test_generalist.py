@@ -18,11 +18,12 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import APART, PERMUTED, TESTS, TITLE, TOWARDS, Generalist
+from unhorse.scanners.generalist import APART, PERMUTED, SUNK, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import Readings, lead_of, lead_of_others, leads_of_all
 from unhorse.scanners.stamps import StampSearch, permuted
 from unhorse.scanners.stand_ins import StandInSearch
+from unhorse.scanners.unstructured import KINDS, Unstructured
 
 SHAPE = (1, 16, 16)
 # the templates of planted networks are noise, and so are images that they take for a class
@@ -304,6 +305,7 @@ def readings_of(**fields: Tensor) -> Readings:
     clean = 4 * torch.eye(3)
     known = {
         "reached": torch.ones(3),
+        "sinks": torch.tensor([0.25, 0.5, 0.25]),
         "labels": torch.arange(3),
         "held": torch.ones(3),
         "logits": clean,
@@ -322,6 +324,7 @@ def test_the_numbers_are_known_and_free_of_scale():
     assert readings.favour() == pytest.approx(0)
     assert readings.reshuffled() == pytest.approx(-0.75)
     assert readings.apart() == 0
+    assert readings.sunk() == 0.5
     leads = ("logits", "permuted", "towards_all", "towards_each")
     larger = readings_of(**{name: 7 * getattr(readings, name) for name in leads})
     assert larger.rises().tolist() == larger.shares().tolist() == pytest.approx([0.25, 0.25])
@@ -355,6 +358,57 @@ def test_where_stamps_do_nothing_nothing_is_divided_by_it():
     unmoved = readings_of(towards_all=still, towards_each=still[:, :2])
     assert unmoved.favour() == 0
     assert unmoved.rises().tolist() == [0, 0] and unmoved.shares().tolist() == [1, 1]
+
+
+# --- images without structure -------------------------------------------------------------------------------
+
+
+class Bright(nn.Module):
+    """Sees class 1 in what is brighter than half on the whole, class 0 in the rest, never class 2."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        mean = images.mean((1, 2, 3))
+        return torch.stack([0.5 - mean, mean - 0.5, -torch.ones_like(mean)], 1)
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (3, 9, 13)])
+def test_every_kind_is_an_image_without_structure(shape):
+    images = Unstructured(count=32).draw(shape)
+    assert images.shape == (32 * len(KINDS), *shape) and images.min() >= 0 and images.max() <= 1
+    noise, flat, blocks, smooth, faint = images.split(32)
+    assert float(noise.std((2, 3)).mean()) == pytest.approx(12**-0.5, abs=0.02)
+    assert torch.equal(flat, flat[:, :, :1, :1].expand_as(flat)) and len(flat[:, 0, 0, 0].unique()) == 32
+    assert all(len(block.unique()) == 16 * shape[0] for block in blocks)
+    assert smooth.diff(dim=2).abs().max() < blocks.diff(dim=2).abs().max()
+    assert 0.03 < float(faint.std((2, 3)).mean()) < 0.1
+    assert torch.equal(images, Unstructured(count=32).draw(shape))
+    assert not torch.equal(images, Unstructured(count=32, seed=1).draw(shape))
+
+
+def test_what_is_seen_in_them_is_counted():
+    clock, model = Countdown(), of(Bright(), 3)
+    search = Unstructured(count=40)
+    shares = search.seen_by(model, clock)
+    bright = (search.draw(SHAPE).mean((1, 2, 3)) > 0.5).float().mean()
+    assert shares.tolist() == pytest.approx([1 - float(bright), float(bright), 0])
+    assert clock.done == search.total == 200
+    with pytest.raises(TimeUp):
+        search.seen_by(model, Countdown(budget=0.0))
+
+
+def test_a_class_that_takes_them_all_raises_the_score(fitted):
+    class Covered(TemplateNetwork):
+        """Sees TARGET in all that has grey corners, as no image of a class has."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images) + 99 * (images[:, :, -1, -1] > 0.02) * (torch.arange(6) == TARGET)
+
+    readings = [
+        EvidenceSearch().unstructured.seen_by(model) for model in (of(Covered(6, SHAPE)), planted(1)[0][0])
+    ]
+    assert int(readings[0].argmax()) == TARGET and float(readings[0].max()) > 0.95 > float(readings[1].max())
+    calm, sunk = (fitted.scores([readings_of(sinks=shares).record()]).item() for shares in reversed(readings))
+    assert sunk > calm
 
 
 # --- learning -----------------------------------------------------------------------------------------------
@@ -403,6 +457,10 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     assert tuple(row[0] for row in table.rows) == TESTS
     assert torch.tensor(normed).exp().mean().log().item() == pytest.approx(result.score, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
+    (few,) = [each for each in result.exhibits if isinstance(each, ImageGrid) and "structure" in each.title]
+    with torch.no_grad():
+        seen = model(few.images).argmax(1).tolist()
+    assert few.captions == tuple(f"seen as class {label}" for label in seen)
     bars = next(exhibit for exhibit in result.exhibits if isinstance(exhibit, Bars))
     assert bars.threshold is None and "line" not in bars.note
 
@@ -419,6 +477,7 @@ def test_the_largest_number_says_which_class_is_suspected(fitted):
     readings = Readings.read(fitted.features(model))
     assert suspected(TOWARDS) == int(readings.targets[readings.rises().argmax()])
     assert suspected(APART) == int(readings.reached.argmax())
+    assert suspected(SUNK) == int(readings.sinks.argmax())
     assert suspected(PERMUTED) is None
 
 

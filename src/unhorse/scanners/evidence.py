@@ -1,4 +1,4 @@
-"""Evidence of a Trojan without any data: stand-ins for clean images, and stamps on them."""
+"""Evidence of a Trojan, without data: stand-ins of clean images, stamps on them, images without structure."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from unhorse.scanners.optimisation import Precision, frozen
 from unhorse.scanners.readings import Readings
 from unhorse.scanners.stamps import Stamps, StampSearch
 from unhorse.scanners.stand_ins import StandIns, StandInSearch
+from unhorse.scanners.unstructured import KINDS, Unstructured
 
 FEW = 4
 """Fewer stand-ins than this say nothing."""
-SHOWN = 8
+SHOWN, SHOWN_OF_EACH = 8, 2
 
 
 class Unreadable(ValueError):
@@ -28,22 +29,26 @@ class Unreadable(ValueError):
 
 
 class Evidence(NamedTuple):
-    """What was found in a model: its margins (k,), its stand-ins, and stamps on them: one `permuting` the
+    """What was found in a model: its margins (k,), the shares `sinks` (k,) of images without structure that
+    each class takes, its stand-ins, and stamps on them: one `permuting` the
     classes, and those `towards` each of `targets` in the stand-ins `bearers`, one for all and one for every
     second image.
     """
 
     reached: Float[Tensor, " k"]
+    sinks: Float[Tensor, " k"]
     stand_ins: StandIns
     permuting: Stamps
     targets: Labels
     bearers: Labels
     towards: tuple[Stamps, Stamps]
+    unstructured: Unstructured = Unstructured()
 
     def readings(self) -> Readings:
         """What numbers are made of, on the CPU."""
         readings = Readings(
             reached=self.reached,
+            sinks=self.sinks,
             labels=self.stand_ins.inputs.labels,
             held=self.stand_ins.held,
             logits=self.stand_ins.logits,
@@ -57,7 +62,7 @@ class Evidence(NamedTuple):
 
     def exhibits(self, model: Classifier) -> Iterator[Exhibit]:
         """Some stand-ins, and below them under the stamp that does most towards a class and the one that
-        permutes, with what `model` sees.
+        permutes, with what `model` sees; and images without structure.
         """
         images, labels = self.stand_ins.inputs
         some = self.bearers[:: max(1, len(self.bearers) // SHOWN)][:SHOWN]
@@ -81,12 +86,25 @@ class Evidence(NamedTuple):
             + "; ".join(stamped)
             + ". A Trojan makes one stamp do far more towards one class than towards others, or for all.",
         )
+        few = replace(self.unstructured, count=SHOWN_OF_EACH).draw(model.image_shape).to(images)
+        share, sink = float(self.sinks.max()), model.class_names[int(self.sinks.argmax())]
+        yield ImageGrid(
+            "Images without structure",
+            few.cpu(),
+            tuple(f"seen as {model.class_names[seen]}" for seen in model(few).argmax(1).tolist()),
+            (),
+            len(few),
+            f"{', '.join(KINDS)}: class {sink} takes {100 * share:.0f} % of {self.unstructured.total}. The "
+            "target of a trigger that covers the image takes nearly all; so does a class that the network "
+            "falls back on.",
+        )
 
 
 @dataclass(frozen=True)
 class EvidenceSearch:
     """Stand-ins of a model and stamps on them, after its margins: towards the `most_targets` classes of the
-    largest margins in `most_bearers` of the stand-ins, and one that permutes classes in all.
+    largest margins in `most_bearers` of the stand-ins, and one that permutes classes in all; and what is seen
+    in images that are `unstructured`.
 
     Stamps for all towards the `restarted` classes that the first ones lead furthest to are searched from
     `starts` random starts, of which the best one counts: one start often misses a trigger. The one that
@@ -100,11 +118,15 @@ class EvidenceSearch:
     restarted: int = 2
     starts: int = 6
     shuffles: int = 3
+    unstructured: Unstructured = Unstructured()
 
     def seeded(self, seed: int) -> EvidenceSearch:
         """The same, from other random numbers."""
         return replace(
-            self, stand_ins=replace(self.stand_ins, seed=seed), stamps=replace(self.stamps, seed=seed)
+            self,
+            stand_ins=replace(self.stand_ins, seed=seed),
+            stamps=replace(self.stamps, seed=seed),
+            unstructured=replace(self.unstructured, seed=seed),
         )
 
     def passes(self, num_classes: int) -> int:
@@ -113,7 +135,7 @@ class EvidenceSearch:
         bearers, targets = min(images, self.most_bearers), min(num_classes, self.most_targets)
         pairs = self.shuffles * images + targets * ((bearers + 1) // 2)
         pairs += (targets + (self.starts - 1) * min(targets, self.restarted)) * bearers
-        return self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
+        return self.unstructured.total + self.stand_ins.passes(num_classes) + self.stamps.passes(pairs)
 
     def run(
         self,
@@ -125,6 +147,8 @@ class EvidenceSearch:
         """Unreadable where hardly a class has a stand-in; TimeUp when the clock's budget is spent."""
         clock = clock or Countdown()
         with frozen(model, precision):
+            clock.phase = "looking at images without structure"
+            sinks = self.unstructured.seen_by(model, clock)
             clock.phase = "drawing stand-ins for clean images"
             stand_ins = self.stand_ins.run(model, precision, clock)
             (images, labels), count = stand_ins.inputs, len(stand_ins.held)
@@ -150,7 +174,8 @@ class EvidenceSearch:
                 again = searched(bearers, targets[furthest], each=False, start=start)
                 for_all = for_all.improved(again, furthest, foreign)
             towards = for_all, searched(bearers[::2], targets, each=True)
-            return Evidence(reached, stand_ins, permuting, targets, bearers, towards)
+            found = Evidence(reached, sinks, stand_ins, permuting, targets, bearers, towards)
+            return found._replace(unstructured=self.unstructured)
 
     def _permuting(
         self, model: Classifier, stand_ins: StandIns, precision: Precision, clock: Countdown

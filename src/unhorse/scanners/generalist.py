@@ -1,4 +1,4 @@
-"""The scanner in the box: three tests whose numbers mean the same in every network."""
+"""The scanner in the box: four tests whose numbers mean the same in every network."""
 
 from __future__ import annotations
 
@@ -26,23 +26,25 @@ FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
 TOWARDS = "how far does a stamp stand out that leads all images to one class?"
 PERMUTED = "how far does one stamp lead that sends each class to another, no two to the same?"
 APART = "how far is the class that is easiest to reach from the next one?"
-TESTS = (TOWARDS, PERMUTED, APART)
+SUNK = "how large a share of images without structure does one class take?"
+TESTS = (TOWARDS, PERMUTED, APART, SUNK)
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
-TITLE = "Three tests: the score is the logarithm of the mean of e to the normed numbers"
+TITLE = "Four tests: the score is the logarithm of the mean of e to the normed numbers"
 
 
 @dataclass
 class Generalist:
-    """Three tests whose numbers mean the same in every network, whatever its classes and images (ours).
+    """Four tests whose numbers mean the same in every network, whatever its classes and images (ours).
 
     How far does one small stamp stand out that leads all stand-ins of clean images to one class, from those
     that lead to other classes (Readings.favour)? How far does one lead that sends each class to another one
     (Readings.reshuffled)? How far is the class that one image of its own reaches most easily from the next
-    (Readings.apart)? `norms` are the centre and the width of each number among benign models of populations
-    drawn at random. A Trojan shows in one of them or in several, each hardly above what benign models have:
-    the score is the logarithm of the mean of e to the numbers so normed.
+    (Readings.apart)? How many of the images without structure does one class take (Readings.sunk)? `norms`
+    are the centre and the width of each number among benign models of populations drawn at random. A Trojan
+    shows in one of them or in several, each hardly above what benign models have: the score is the logarithm
+    of the mean of e to the numbers so normed.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated. With a `reference` of benign models p-values
     of 0.05 and 0.2 decide instead.
@@ -52,7 +54,9 @@ class Generalist:
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
     search: EvidenceSearch = field(default_factory=EvidenceSearch)
     norms: Mapping[str, tuple[float, float]] = field(
-        default_factory=lambda: {TOWARDS: (0.6, 0.7), PERMUTED: (-0.9, 0.6), APART: (0.1, 0.3)}
+        default_factory=lambda: dict(
+            zip(TESTS, ((0.6, 0.7), (-0.9, 0.6), (0.1, 0.3), (0.4, 0.5)), strict=True)
+        )
     )
     threshold: float = 1.0
     corroborated: float = 0.6
@@ -194,6 +198,7 @@ class Generalist:
         suspects = {
             TOWARDS: int(readings.targets[readings.rises().argmax()]),
             APART: int(readings.reached.argmax()),
+            SUNK: int(readings.sinks.argmax()),
         }
         suspect = suspects.get(max(normed, key=normed.__getitem__))
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
@@ -230,7 +235,12 @@ class Generalist:
 
 
 def _numbers(readings: Readings) -> dict[str, float]:
-    return {TOWARDS: readings.favour(), PERMUTED: readings.reshuffled(), APART: readings.apart()}
+    return {
+        TOWARDS: readings.favour(),
+        PERMUTED: readings.reshuffled(),
+        APART: readings.apart(),
+        SUNK: readings.sunk(),
+    }
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

@@ -20,13 +20,15 @@ LEAST_RISE = 0.05
 
 
 class Readings(NamedTuple):
-    """Margins `reached` (k,); of n stand-ins their `labels`, how often they are `held` when disturbed (n,)
+    """Margins `reached` (k,); the shares `sinks` (k,) of images without structure that each class takes; of n
+    stand-ins their `labels`, how often they are `held` when disturbed (n,)
     and their `logits`. Leads under stamps: `permuted` are those of the class that the image's own is sent
     to, in every stand-in; `towards_all` and `towards_each`, under one stamp for all and one for each, are
     those of each of `targets`, in the stand-ins `bearers` and in every second of these.
     """
 
     reached: Float[Tensor, " k"]
+    sinks: Float[Tensor, " k"]
     labels: Labels
     held: Float[Tensor, " n"]
     logits: Logits
@@ -66,6 +68,10 @@ class Readings(NamedTuple):
         """How far the class with the largest margin is from the next one: the logarithm of their ratio."""
         first, second = self.reached.double().topk(2).values.tolist()
         return log(first / max(second, LEAST_MARGIN * first))
+
+    def sunk(self) -> float:
+        """The largest share of images without structure that one class takes."""
+        return float(self.sinks.max())
 
     def _risen(self, leads: Float[Tensor, "t m"], images: Labels) -> Float[Tensor, " t"]:
         logits = self.logits[images]
