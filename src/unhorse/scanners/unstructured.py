@@ -25,8 +25,10 @@ class Unstructured:
     """`count` images of each of KINDS: noise in every pixel, one colour each, four by four blocks of colour,
     the same smoothly blended, and one colour with faint noise.
 
-    None of them looks like any class. A Trojan whose trigger covers the image, such as a blend, tends to
-    take them all the same, and so may a class that a network falls back on.
+    None of them looks like any class. The target of a trigger that covers the image, such as a blend, tends
+    to take them all the same, and so may a class that a network falls back on. That noise leads to the target
+    was first used by Erichson et al. (SDM 2021, arXiv 2008.00123), who add more and more of it to clean
+    images; here there are none.
     """
 
     count: int = 64
