@@ -30,9 +30,9 @@ class Unreadable(ValueError):
 
 class Evidence(NamedTuple):
     """What was found in a model: its margins (k,), the shares `sinks` (k,) of images without structure that
-    each class takes, its stand-ins, and stamps on them: one `permuting` the
-    classes, and those `towards` each of `targets` in the stand-ins `bearers`, one for all and one for every
-    second image.
+    each class takes, its stand-ins, and stamps on them: one `permuting` the classes, and those `towards` each
+    of `targets` in the stand-ins `bearers`, one for all and one for every second image; and how images that
+    are `unstructured` were drawn.
     """
 
     reached: Float[Tensor, " k"]
@@ -42,7 +42,7 @@ class Evidence(NamedTuple):
     targets: Labels
     bearers: Labels
     towards: tuple[Stamps, Stamps]
-    unstructured: Unstructured = Unstructured()
+    unstructured: Unstructured
 
     def readings(self) -> Readings:
         """What numbers are made of, on the CPU."""
@@ -174,8 +174,8 @@ class EvidenceSearch:
                 again = searched(bearers, targets[furthest], each=False, start=start)
                 for_all = for_all.improved(again, furthest, foreign)
             towards = for_all, searched(bearers[::2], targets, each=True)
-            found = Evidence(reached, sinks, stand_ins, permuting, targets, bearers, towards)
-            return found._replace(unstructured=self.unstructured)
+            stamps = permuting, targets, bearers, towards
+            return Evidence(reached, sinks, stand_ins, *stamps, self.unstructured)
 
     def _permuting(
         self, model: Classifier, stand_ins: StandIns, precision: Precision, clock: Countdown
