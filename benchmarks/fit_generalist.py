@@ -30,8 +30,8 @@ SPEC = Path(__file__).parent / "specs" / "ours-random-networks.toml"
 FAILS_ON = (
     "what was measured is in benchmarks/README.md, tables ours-random-networks and ours-default-scan; "
     "nothing larger than 10 MMAC, no image above 28x28, no transformer and no WaNet or Input-Aware Trojan "
-    "was fitted on; all-to-all and source-target Trojans, and blends in photographs, are often missed, and "
-    "networks that see one class in whatever is unlike their data are reported"
+    "was fitted on; all-to-all, source-target and blended Trojans are often missed, and networks that see "
+    "one class in whatever is unlike their data are reported"
 )
 
 

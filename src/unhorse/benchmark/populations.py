@@ -109,9 +109,9 @@ class Selection(NamedTuple):
 
     @property
     def label(self) -> str:
-        variant, beside = self.variant.name if self.variant else "", f"beside {self.beside}"
-        words = (self.population.zoo.name, self.split or "", variant, beside if self.beside else "")
-        return " ".join(filter(None, words))
+        variant = self.variant.name if self.variant else ""
+        beside = f"beside {self.beside}" if self.beside else ""
+        return " ".join(filter(None, (self.population.zoo.name, self.split, variant, beside)))
 
     @property
     def benign(self) -> tuple[bool, ...]:
