@@ -18,7 +18,7 @@ from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.countdown import Countdown, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.footprints import FootprintSearch, Inputs
-from unhorse.scanners.generalist import APART, PERMUTED, SUNK, TESTS, TITLE, TOWARDS, Generalist
+from unhorse.scanners.generalist import APART, PERMUTED, SHORT, SUNK, TESTS, TITLE, TOWARDS, Generalist
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.readings import Readings, lead_of, lead_of_others, leads_of_all
 from unhorse.scanners.stamps import StampSearch, permuted
@@ -485,6 +485,8 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     assert tuple(row[0] for row in table.rows) == TESTS
     normed, weights = (torch.tensor([float(row[place]) for row in table.rows]) for place in (-2, -1))
     assert float(normed @ weights) == pytest.approx(result.score, rel=5e-3)
+    facts = [result.facts[f"normed number of {SHORT[test]}"] for test in TESTS]
+    assert torch.allclose(torch.tensor(facts), normed, atol=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     (few,) = [each for each in result.exhibits if isinstance(each, ImageGrid) and "structure" in each.title]
     with torch.no_grad():

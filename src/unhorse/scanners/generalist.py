@@ -29,6 +29,13 @@ PERMUTED = "how far does one stamp lead that sends each class to another, no two
 APART = "how far is the class that is easiest to reach from the next one?"
 SUNK = "how large a share of images without structure does one class take?"
 TESTS = (TOWARDS, PERMUTED, APART, SUNK)
+SHORT = {
+    TOWARDS: "a stamp towards one class",
+    PERMUTED: "a stamp that permutes classes",
+    APART: "the easiest class",
+    SUNK: "images without structure",
+}
+"""What the tests are called among facts."""
 TITLE = "Four tests: the score is the weighted mean of the normed numbers"
 
 
@@ -232,6 +239,7 @@ class Generalist:
                 "threshold with a demonstrated trigger": self.corroborated,
                 "score of activation-outlier": first.score,
                 "stand-ins": len(evidence.stand_ins.held),
+                **{f"normed number of {SHORT[test]}": number for test, number in normed.items()},
             },
             exhibits=(*first.exhibits, *exhibits, table),
             warnings=(*judgement.warnings, *(() if self.reference else first.warnings)),
