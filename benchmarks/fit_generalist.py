@@ -1,6 +1,6 @@
-"""Sets norms, weights and thresholds of the scanner in the box, and writes its card into the package.
+"""Sets norms and thresholds of the scanner in the box, and writes its card into the package.
 
-They are those of the models of benchmarks/specs/ours-random-networks.toml: networks drawn at random.
+They are those of the benign models of benchmarks/specs/ours-random-networks.toml: networks drawn at random.
 What is measured of each model is kept beside it, and is what `unhorse benchmark` leaves. The card also says
 how many models of each fold the thresholds of the others would flag. Run it in a clean clone:
 python benchmarks/fit_generalist.py --work runs
@@ -68,7 +68,6 @@ def main() -> None:
     classes = [len(card["class_names"]) for card in cards]
     card = {
         "norms": scanner.norms,
-        "weights": scanner.weights,
         "threshold": scanner.threshold,
         "corroborated": scanner.corroborated,
         "method": "docs/methods/generalist.md",

@@ -424,12 +424,14 @@ def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_count
     def scored(number: float) -> dict[str, Any]:
         return readings_of(permuted=torch.full((3,), 4 * number)).record()
 
-    scanner = Generalist(norms={PERMUTED: (0.0, 1.0)}, weights={PERMUTED: 1.0})
+    scanner = Generalist(norms={PERMUTED: (0.0, 1.0)})
     assert float(scanner.scores([scored(2.0)])) == pytest.approx(2.0, abs=1e-3)
-    both = Generalist(
-        norms={PERMUTED: (0.0, 1.0), TOWARDS: (-9.0, 1.0)}, weights={PERMUTED: 0.75, TOWARDS: 0.25}
-    )
-    assert float(both.scores([scored(2.0)])) == pytest.approx(0.75 * 2 + 0.25 * 9, abs=1e-3)
+    both = Generalist(norms={PERMUTED: (0.0, 1.0), TOWARDS: (-9.0, 1.0)})
+    assert float(both.scores([scored(8.0)])) == pytest.approx(math.log((math.exp(8) + math.exp(9)) / 2))
+    assert float(both.scores([scored(9000.0)])) == pytest.approx(9000 - math.log(2))  # nothing overflows
+    easy = readings_of(reached=torch.tensor([math.e**3, 1.0, 1.0])).record()
+    alone = Generalist(norms={APART: (1.0, 0.5)})
+    assert float(alone.scores([easy])) == pytest.approx((3 - 1) / 0.5 / 2, abs=1e-3)  # the third counts half
     features = [scored(1.0)] * 2 + [scored(3.0)] * 10 + [scored(9.0)] * 3
     flags, groups = [False] * 12 + [True] * 3, ["a"] * 2 + ["b"] * 10 + ["a"] * 3
     scanner.fit(features, flags, groups)
@@ -439,34 +441,6 @@ def test_the_threshold_is_a_quantile_of_benign_models_of_which_every_group_count
     assert scanner.fit(features, flags).norms[PERMUTED][0] == pytest.approx(3.0, abs=1e-3)
     with pytest.raises(ValueError, match="no benign models"):
         scanner.fit(features, [True] * 15)
-
-
-def test_weights_are_how_much_numbers_say_of_infected_models():
-    def scored(leads: float, stamped: float) -> dict[str, Any]:
-        return readings_of(
-            permuted=torch.full((3,), 4 * leads), towards_all=torch.tensor([[stamped] * 3, [-3.0] * 3])
-        ).record()
-
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.rand(40, 2, generator=rng).tolist()
-    flags = [place % 2 == 1 for place in range(40)]
-    features = [
-        scored(2.0 * flag + leads, stamped) for flag, (leads, stamped) in zip(flags, noise, strict=True)
-    ]
-    scanner = Generalist(norms=dict.fromkeys((PERMUTED, TOWARDS), (0.0, 1.0)))
-    weights = scanner.fit(features, flags).weights
-    assert sum(weights.values()) == pytest.approx(1) and weights[PERMUTED] > 0.8 > 0.2 > weights[TOWARDS] >= 0
-    # a group of many infected models counts as much as another one
-    groups = ["many" if place < 38 else "few" for place in range(40)]
-    turned = [*features[:38], scored(0.0, 0.0), scored(0.0, 40.0)]
-    alike, even = scanner.fit(turned, flags).weights, scanner.fit(turned, flags, groups).weights
-    assert even[TOWARDS] > alike[TOWARDS]
-    # without infected ones they stay
-    benign = [each for each, flag in zip(features, flags, strict=True) if not flag]
-    assert scanner.fit(benign, [False] * 20).weights == even
-    alone = Generalist(norms={PERMUTED: (0.0, 1.0)})
-    with pytest.raises(ValueError, match="no number is higher in infected models"):
-        alone.fit(features, [not flag for flag in flags])
 
 
 # --- scanning -----------------------------------------------------------------------------------------------
@@ -482,11 +456,14 @@ def test_the_score_of_a_scan_is_that_of_its_features(fitted):
     table = next(
         exhibit for exhibit in result.exhibits if isinstance(exhibit, Table) and exhibit.title == TITLE
     )
+    normed, counted = ([float(row[place]) for row in table.rows] for place in (-2, -1))
     assert tuple(row[0] for row in table.rows) == TESTS
-    normed, weights = (torch.tensor([float(row[place]) for row in table.rows]) for place in (-2, -1))
-    assert float(normed @ weights) == pytest.approx(result.score, rel=5e-3)
+    assert counted == pytest.approx([normed[0], normed[1], normed[2] / 2, normed[3]], abs=1e-3)
+    assert torch.tensor(counted).double().logsumexp(0).item() - math.log(4) == pytest.approx(
+        result.score, abs=1e-3
+    )
     facts = [result.facts[f"normed number of {SHORT[test]}"] for test in TESTS]
-    assert torch.allclose(torch.tensor(facts), normed, atol=1e-3)
+    assert facts == pytest.approx(normed, abs=1e-3)
     assert any(isinstance(exhibit, ImageGrid) and "Stand-ins" in exhibit.title for exhibit in result.exhibits)
     (few,) = [each for each in result.exhibits if isinstance(each, ImageGrid) and "structure" in each.title]
     with torch.no_grad():
@@ -500,8 +477,8 @@ def test_the_largest_number_says_which_class_is_suspected(fitted):
     model = planted(1)[0][0]
 
     def suspected(largest: str) -> int | None:
-        norms = {test: (-999.0 if test == largest else 99.0, 1.0) for test in TESTS}
-        result = replace(fitted, norms=norms, weights=dict.fromkeys(TESTS, 0.25), threshold=0.0).scan(model)
+        norms = {test: (-99.0 if test == largest else 99.0, 1.0) for test in TESTS}
+        result = replace(fitted, norms=norms, threshold=0.0).scan(model)
         assert result.verdict is Verdict.SUSPICIOUS
         return result.target
 

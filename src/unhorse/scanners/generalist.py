@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
-from math import inf
+from math import inf, log
 from typing import Any, Self
 
 import torch
@@ -18,7 +18,6 @@ from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, unfi
 from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.margins import unreadable
-from unhorse.scanners.norms import norm_of, quantile, shares_of_evidence
 from unhorse.scanners.readings import Readings
 
 CARD = "generalist.json"
@@ -36,7 +35,12 @@ SHORT = {
     SUNK: "images without structure",
 }
 """What the tests are called among facts."""
-TITLE = "Four tests: the score is the weighted mean of the normed numbers"
+COUNTS = {TOWARDS: 1.0, PERMUTED: 1.0, APART: 0.5, SUNK: 1.0}
+"""How much a normed number counts: benign networks have the third far out more often than the others."""
+CENTRE, RIM = 0.5, 0.95
+"""Quantiles of benign models that become 0 and 1."""
+LEAST_WIDTH = 1e-3
+TITLE = "Four tests: the score is the logarithm of the mean of e to what counts"
 
 
 @dataclass
@@ -48,9 +52,8 @@ class Generalist:
     (Readings.reshuffled)? How far is the class that one image of its own reaches most easily from the next
     (Readings.apart)? How many of the images without structure does one class take (Readings.sunk)? `norms`
     are the centre and the width of each number among benign models of populations drawn at random. A Trojan
-    shows in several of them, in each hardly above what benign models have: the score is the mean of the
-    numbers so normed, weighted by `weights`, with which a logistic regression tells infected models of those
-    populations from benign ones.
+    shows in one of them or in several, each hardly above what benign models have: the score is the logarithm
+    of the mean of e to the numbers so normed, of which the third counts half.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated. With a `reference` of benign models p-values
     of 0.05 and 0.2 decide instead.
@@ -64,7 +67,6 @@ class Generalist:
             zip(TESTS, ((0.6, 0.7), (-0.9, 0.6), (0.1, 0.3), (0.4, 0.5)), strict=True)
         )
     )
-    weights: Mapping[str, float] = field(default_factory=lambda: dict.fromkeys(TESTS, 1 / len(TESTS)))
     threshold: float = 1.0
     corroborated: float = 0.6
     budget: float | None = None
@@ -79,7 +81,7 @@ class Generalist:
         of the demonstration, and changes no score.
         """
         card = json.loads(resources.files("unhorse.scanners").joinpath(CARD).read_text("utf-8"))
-        learned = {name: card[name] for name in ("norms", "weights", "threshold", "corroborated")}
+        learned = {name: card[name] for name in ("norms", "threshold", "corroborated")}
         return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **learned, **fields)
 
     # --- over many models -----------------------------------------------------------------------------------
@@ -96,23 +98,21 @@ class Generalist:
         trojaned: Sequence[bool],
         groups: Sequence[object] | None = None,
     ) -> Self:
-        """Learns norms and thresholds from benign models, and weights if there are infected ones, too; of
-        either kind each of `groups` counts the same.
+        """Only norms and thresholds are learned, from benign models of `groups`, of which each counts the
+        same.
         """
-        if all(trojaned):
+        names = [
+            group for flag, group in zip(trojaned, groups or [0] * len(features), strict=True) if not flag
+        ]
+        calm = [each for flag, each in zip(trojaned, features, strict=True) if not flag]
+        if not calm:
             raise ValueError("no benign models: thresholds are made of their scores")
-        kinds = list(zip(trojaned, groups or [0] * len(features), strict=True))
-        counts = [1 / kinds.count(kind) for kind in kinds]
-        calm = [place for place, flag in enumerate(trojaned) if not flag]
-        benign = [counts[place] for place in calm]
-        numbers = [_numbers(Readings.read(each)) for each in features]
-        self.norms = {test: norm_of([numbers[place][test] for place in calm], benign) for test in self.norms}
-        if any(trojaned):
-            self.weights = shares_of_evidence([self._normed(each) for each in numbers], trojaned, counts)
-        scores = [self._score(self._normed(numbers[place])) for place in calm]
-        stranger = max(benign)  # which counts, too (split conformal)
-        self.threshold = quantile(scores, benign, 1 - FALSE_POSITIVES, stranger)
-        self.corroborated = quantile(scores, benign, 1 - CORROBORATED, stranger)
+        weights = [1 / names.count(name) for name in names]
+        numbers = [_numbers(Readings.read(each)) for each in calm]
+        self.norms = {test: _norm([each[test] for each in numbers], weights) for test in self.norms}
+        scores, stranger = self.scores(calm).tolist(), max(weights)  # which weighs, too (split conformal)
+        self.threshold = _quantile(scores, weights, 1 - FALSE_POSITIVES, stranger)
+        self.corroborated = _quantile(scores, weights, 1 - CORROBORATED, stranger)
         return self
 
     @property
@@ -127,13 +127,13 @@ class Generalist:
 
     def normed(self, readings: Readings) -> dict[str, float]:
         """The number of each test: 0 is what most benign models have, 1 what hardly one exceeds."""
-        return self._normed(_numbers(readings))
-
-    def _normed(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        numbers = _numbers(readings)
         return {test: (numbers[test] - centre) / width for test, (centre, width) in self.norms.items()}
 
-    def _score(self, normed: Mapping[str, float]) -> float:
-        return sum(self.weights[test] * number for test, number in normed.items())
+    @staticmethod
+    def _score(normed: Mapping[str, float]) -> float:
+        counted = [COUNTS[test] * number for test, number in normed.items()]
+        return float(torch.tensor(counted).double().logsumexp(0)) - log(len(counted))
 
     # --- scanning -------------------------------------------------------------------------------------------
 
@@ -210,7 +210,7 @@ class Generalist:
             APART: int(readings.reached.argmax()),
             SUNK: int(readings.sinks.argmax()),
         }
-        suspect = suspects.get(max(normed, key=lambda test: self.weights[test] * normed[test]))
+        suspect = suspects.get(max(normed, key=lambda test: COUNTS[test] * normed[test]))
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
@@ -219,12 +219,12 @@ class Generalist:
                 test,
                 *(
                     f"{value:.3f}"
-                    for value in (numbers[test], *self.norms[test], normed[test], self.weights[test])
+                    for value in (numbers[test], *norm, normed[test], COUNTS[test] * normed[test])
                 ),
             )
-            for test in normed
+            for test, norm in self.norms.items()
         )
-        table = Table(TITLE, ("asked", "number", "benign median", "width", "normed", "weight"), rows)
+        table = Table(TITLE, ("asked", "number", "benign median", "width", "normed", "counts"), rows)
         return replace(
             first,
             verdict=verdict,
@@ -258,6 +258,26 @@ def _numbers(readings: Readings) -> dict[str, float]:
         APART: readings.apart(),
         SUNK: readings.sunk(),
     }
+
+
+def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
+    """Centre and width of benign models' numbers."""
+    centre, rim = (_quantile(numbers, weights, share) for share in (CENTRE, RIM))
+    return centre, max(rim - centre, LEAST_WIDTH)
+
+
+def _quantile(
+    numbers: Sequence[float], weights: Sequence[float], share: float, further: float = 0.0
+) -> float:
+    """The least of the numbers that, with those below it, has that share of all weight and of a `further` one
+    above them all.
+    """
+    total, reached = share * (sum(weights) + further), 0.0
+    for number, weight in sorted(zip(numbers, weights, strict=True)):
+        reached += weight
+        if reached >= total - 1e-9:
+            return number
+    return max(numbers)
 
 
 class _Steps:
