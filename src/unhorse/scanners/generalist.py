@@ -132,7 +132,7 @@ class Generalist:
 
     @staticmethod
     def _score(normed: Mapping[str, float]) -> float:
-        counted = [COUNTS[test] * number for test, number in normed.items()]
+        counted = list(_counted(normed).values())
         return float(torch.tensor(counted).double().logsumexp(0)) - log(len(counted))
 
     # --- scanning -------------------------------------------------------------------------------------------
@@ -200,6 +200,7 @@ class Generalist:
         """What the activation outlier found, `first`, with the tests in the place of its score."""
         readings = evidence.readings()
         normed, numbers = self.normed(readings), _numbers(readings)
+        counted = _counted(normed)
         score, shown = self._score(normed), bool(first.triggers)
         judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
         enough = judge(score, self.corroborated, self.reference, alpha=CORROBORATED)
@@ -210,18 +211,12 @@ class Generalist:
             APART: int(readings.reached.argmax()),
             SUNK: int(readings.sinks.argmax()),
         }
-        suspect = suspects.get(max(normed, key=lambda test: COUNTS[test] * normed[test]))
+        suspect = suspects.get(max(counted, key=counted.__getitem__))
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         with torch.no_grad():
             exhibits = tuple(evidence.exhibits(model))
         rows = tuple(
-            (
-                test,
-                *(
-                    f"{value:.3f}"
-                    for value in (numbers[test], *norm, normed[test], COUNTS[test] * normed[test])
-                ),
-            )
+            (test, *(f"{value:.3f}" for value in (numbers[test], *norm, normed[test], counted[test])))
             for test, norm in self.norms.items()
         )
         table = Table(TITLE, ("asked", "number", "benign median", "width", "normed", "counts"), rows)
@@ -258,6 +253,10 @@ def _numbers(readings: Readings) -> dict[str, float]:
         APART: readings.apart(),
         SUNK: readings.sunk(),
     }
+
+
+def _counted(normed: Mapping[str, float]) -> dict[str, float]:
+    return {test: COUNTS[test] * number for test, number in normed.items()}
 
 
 def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
