@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from unhorse.scanners.signatures import compute_signature
     from unhorse.victims import load_victim
 
+    __version__: str
+
 __all__ = [
     "ActivationOutlier",
     "FILTERS",
@@ -105,6 +107,10 @@ def repair(
 
 def __getattr__(name: str) -> Any:
     # torch takes a second to import: whoever asks only for --help or the version does not wait for it
+    if name == "__version__":
+        from importlib import metadata
+
+        return metadata.version("unhorse")
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'unhorse' has no attribute {name!r}")
