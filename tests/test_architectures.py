@@ -170,8 +170,8 @@ def test_efficientnet_lite_weights_are_recognised_by_their_blocks() -> None:
 
 
 def test_unknown_architecture_lists_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown architecture 'alexnet': take one of small-cnn"):
-        build("alexnet", num_classes=2, image_shape=(3, 32, 32))
+    with pytest.raises(ValueError, match="unknown architecture 'lenin': take one of small-cnn"):
+        build("lenin", num_classes=2, image_shape=(3, 32, 32))
 
 
 def test_options_outside_the_list_are_refused() -> None:

@@ -26,8 +26,9 @@ from unhorse.checks.sniff import Format, sniff
 from unhorse.core import Classifier
 from unhorse.loading.formats import load_model
 from unhorse.loading.identification import identify
-from unhorse.models.architectures import ARCHITECTURES, IMAGENET_MEAN, outline
+from unhorse.models.architectures import ARCHITECTURES, outline
 from unhorse.models.classifier import new_classifier, save_classifier
+from unhorse.models.registry import IMAGENET_MEAN
 from unhorse.rulebook import RULES
 from unhorse.rules import LoadFailed, LoadRefused
 

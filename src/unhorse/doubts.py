@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unhorse.core import Classifier, ScanResult
-from unhorse.models.architectures import IMAGENET_MEAN, IMAGENET_STD
+from unhorse.models.registry import IMAGENET_MEAN, IMAGENET_STD
 from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.generalist import Generalist
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
-from unhorse.loading.identification import ImageShape, identify
+from unhorse.loading.identification import identify
 from unhorse.models.classifier import classifier_from_card
 from unhorse.models.graph import GRAPH
+from unhorse.models.registry import ImageShape
 from unhorse.rules import LoadRefused
 
 

@@ -17,10 +17,10 @@ from unhorse.checks.sniff import Format
 from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
 from unhorse.loading.assembly import Said, contradiction, graph_classifier, identified, overridden
-from unhorse.loading.identification import ImageShape
 from unhorse.loading.sources import Source, opened
 from unhorse.loading.tensors import check_tensors
 from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
+from unhorse.models.registry import ImageShape
 from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.sandbox import server
 from unhorse.sandbox.confinement import Limits

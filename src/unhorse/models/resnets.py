@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unhorse.models.small_networks import ImageShape
+from unhorse.models.registry import IMAGENET, Architecture, ImageShape, Naming, Signs, State, assumed
 
 
 class BasicBlock(nn.Module):
@@ -150,3 +152,70 @@ def _shortcut(wide_in: int, wide_out: int, stride: int) -> nn.Sequential | None:
     if stride == 1 and wide_in == wide_out:
         return None
     return nn.Sequential(nn.Conv2d(wide_in, wide_out, 1, stride=stride, bias=False), nn.BatchNorm2d(wide_out))
+
+
+def _side(state: State) -> tuple[int, bool]:
+    return (32 if _has_small_stem(state) else 224), False
+
+
+def _options(state: State) -> dict[str, object]:
+    return {"small_stem": True, "max_pool": False} if _has_small_stem(state) else {}
+
+
+def _has_small_stem(state: State) -> bool:
+    return state["conv1.weight"].shape[-1] == 3
+
+
+def _small_resnet_options(state: State) -> dict[str, object]:
+    blocks = [name for name in state if name.endswith(".conv2.weight")]
+    return {"widths": [len(state[name]) for name in sorted(blocks)]}
+
+
+# The networks of the small-image code bases call torchvision's downsample "shortcut" and its fc "linear".
+_CIFAR = Naming(((r"\bshortcut\.", "downsample."), (r"^linear\.", "fc.")))
+_RESNET18 = partial(ResNet, block=BasicBlock, layers=(2, 2, 2, 2))
+_RESNET50 = partial(ResNet, block=Bottleneck, layers=(3, 4, 6, 3))
+# for images of 32 and 64 pixels, of which the ImageNet stem would leave too little
+_NO_REDUCTION: dict[str, Any] = {"small_stem": True, "max_pool": False}
+
+
+def _signs(side: int, *namings: Naming) -> Signs:
+    return Signs("conv1.weight", "fc.weight", assumed(side), namings=namings)
+
+
+def _torchvision(network: partial[ResNet]) -> Architecture:
+    signs = Signs("conv1.weight", "fc.weight", _side, _options, (_CIFAR,))
+    return Architecture(network, (3, 224, 224), signs, IMAGENET, ("small_stem", "max_pool"), "resnet")
+
+
+RESNETS = {
+    "small-resnet": Architecture(
+        small_resnet,
+        (3, 32, 32),
+        Signs("features.0.weight", "head.2.weight", assumed(32), _small_resnet_options),
+        options=("widths",),
+    ),
+    "ulp-resnet18": Architecture(
+        partial(ResNet, block=BasicBlock, layers=(1, 1, 1, 1), small_stem=True),
+        (3, 64, 64),
+        _signs(64),
+        IMAGENET,
+    ),
+    "preact-resnet18": Architecture(
+        partial(_RESNET18, block=PreActBlock, **_NO_REDUCTION), (3, 32, 32), _signs(32, _CIFAR)
+    ),
+    "resnet18-64": Architecture(
+        partial(_RESNET18, pool_to=2, **_NO_REDUCTION), (3, 64, 64), _signs(64, _CIFAR)
+    ),
+    "resnet18": _torchvision(_RESNET18),
+    "resnet34": _torchvision(partial(ResNet, block=BasicBlock, layers=(3, 4, 6, 3))),
+    "resnet50": _torchvision(_RESNET50),
+    "resnext50-32x4d": Architecture(
+        partial(_RESNET50, groups=32, width_per_group=4),
+        (3, 224, 224),
+        _signs(224),
+        IMAGENET,
+        ("stem",),
+        "resnext",
+    ),
+}

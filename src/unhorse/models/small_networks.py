@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import nn
 
-ImageShape = tuple[int, int, int]
+from unhorse.models.registry import Architecture, ImageShape, Naming, Normal, Signs, State, assumed, fixed
 
 
 def small_cnn(
@@ -84,3 +85,59 @@ def _channels_of(image_shape: ImageShape, name: str, *, sides: Sequence[int]) ->
         taken = " or ".join(f"{side}x{side}" for side in sides)
         raise ValueError(f"{name} takes {taken} images, got {height}x{width}: resize them or take small-cnn")
     return channels
+
+
+def _small_cnn_side(state: State) -> tuple[int, bool]:
+    pixels = state["head.1.weight"].shape[1] // state["features.3.weight"].shape[0]
+    # two poolings round down: 28 to 31 pixels leave the same 7x7 map
+    return 4 * math.isqrt(pixels), False
+
+
+def _small_cnn_options(state: State) -> dict[str, object]:
+    widths = [state["features.0.weight"].shape[0], state["features.3.weight"].shape[0]]
+    return {"widths": widths, "hidden": state["head.1.weight"].shape[0]}
+
+
+def _ulp_options(state: State) -> dict[str, object]:
+    width = len(state["features.0.weight"])
+    return {} if width == 64 else {"width": width}
+
+
+_INPUT_AWARE = Naming(
+    (
+        *((r"^conv1\.", "features.0."), (r"^conv5\.", "features.4.")),
+        *((r"^linear6\.", "head.1."), (r"^linear9\.", "head.4.")),
+    )
+)
+_WANET = Naming(
+    (
+        *((r"^conv1\.", "features.0."), (r"^layer2\.bn1\.", "features.2.")),
+        *((r"^layer2\.conv1\.", "features.4."), (r"^layer3\.bn1\.", "features.5.")),
+        *((r"^layer3\.conv1\.", "features.7."), (r"^linear6\.", "head.1."), (r"^linear9\.", "head.4.")),
+    )
+)
+_ULP = Naming(tuple((rf"^fc\.{index}\.", f"head.{index + 1}.") for index in (0, 1, 4, 5, 8)))
+
+SMALL_NETWORKS = {
+    "small-cnn": Architecture(
+        small_cnn,
+        (1, 28, 28),
+        Signs("features.0.weight", "head.3.weight", _small_cnn_side, _small_cnn_options),
+        options=("widths", "hidden"),
+    ),
+    "input-aware-cnn": Architecture(
+        input_aware_cnn,
+        (1, 28, 28),
+        Signs("features.0.weight", "head.4.weight", fixed(28), namings=(_INPUT_AWARE,)),
+    ),
+    "wanet-cnn": Architecture(
+        wanet_cnn, (1, 28, 28), Signs("features.0.weight", "head.4.weight", assumed(28), namings=(_WANET,))
+    ),
+    "ulp-vgg": Architecture(
+        ulp_vgg,
+        (3, 32, 32),
+        Signs("features.0.weight", "head.9.weight", fixed(32), _ulp_options, (_ULP,)),
+        Normal(std=(1 / 255,)),
+        ("width",),
+    ),
+}
