@@ -341,8 +341,12 @@ def model(
     return put(1, 8) + put(2, "maker") + put(7, body) + put(8, put(1, "") + put(2, opset)) + more
 
 
+def attribute_of(name: str, kind: int, *fields: bytes) -> bytes:
+    return put(1, name) + put(20, kind) + b"".join(fields)
+
+
 def attribute(name: str, kind: int, *fields: bytes) -> bytes:
-    return put(5, put(1, name) + put(20, kind) + b"".join(fields))
+    return put(5, attribute_of(name, kind, *fields))
 
 
 def _add_onnx(corpus: Corpus) -> None:
@@ -362,25 +366,12 @@ def _add_onnx(corpus: Corpus) -> None:
         "dimensions-of-10-18": model(tensors=(weight(RAW, dims=(10**9, 10**9)),)),
         "negative-dimension": model(tensors=(weight(RAW, dims=(-4, -4)),)),
         "rank-100": model(tensors=(weight(RAW, dims=(1,) * 98 + (4, 4)),)),
-        "tensor-of-text": model(tensors=(weight(put(6, b"x"), dims=(1,), kind=8),)),
         "tensor-of-unknown-type": model(tensors=(weight(RAW, kind=99),)),
         "tensor-in-segments": model(tensors=(weight(RAW, put(3, put(1, 0))),)),
         "two-tensors-of-one-name": model(tensors=(weight(RAW), weight(RAW))),
-        "sparse-tensor": model(graph=put(15, put(1, weight(RAW)))),
-        "own-function": model(more=put(25, put(1, "f"))),
-        "training-information": model(more=put(20, b"")),
         "graph-twice": model(more=put(7, b"")),
         "unknown-field": model(more=put(999, b"hidden")),
-        "foreign-domain": model(node(more=put(7, "com.evil"))),
-        "foreign-domain-imported": model(more=put(8, put(1, "com.evil") + put(2, 1))),
-        "opset-1": model(opset=1),
-        "opset-999": model(opset=999),
         "opset-twice": model(more=put(8, put(2, 18))),
-        "operator-loop": model(node("Loop")),
-        "operator-scan": model(node("Scan")),
-        "operator-random": model(node("RandomNormal", ())),
-        "operator-of-sequences": model(node("SequenceConstruct")),
-        "operator-of-text": model(node("StringNormalizer")),
         "operator-with-overload": model(node(more=put(8, "evil"))),
         "cycle": model(node(inputs=("y", "w"))),
         "two-nodes-one-result": model(node(), node()),
@@ -396,8 +387,39 @@ def _add_onnx(corpus: Corpus) -> None:
         "text-that-is-not-utf-8": model(more=put(4, b"\xff")),
         "group": put(1, 8) + put(2, "x") + b"\x3b\x3c",
     }
+    graphs |= {
+        "operator-of-python": model(node("PythonOp", more=put(7, "com.microsoft"))),
+        "operator-of-compiled-code": model(node("EPContext", more=put(7, "com.microsoft"))),
+        "two-versions-of-one-domain": model(more=put(8, put(1, "com.evil") + put(2, 1)) * 2),
+        "text-among-the-numbers": model(tensors=(weight(RAW, put(6, b"x")),)),
+        "function-that-runs-python": model(more=put(25, put(1, "f") + put(7, node("PyOp")))),
+        "function-with-two-data": model(
+            more=put(25, put(1, "f") + put(11, attribute_of("a", 4, put(5, weight(RAW, floats)))))
+        ),
+        "training-with-two-data": model(more=put(20, put(2, put(5, weight(RAW, floats))))),
+        "unsupported-and-hostile": model(node("LSTM"), tensors=(weight(RAW, floats),)),
+    }
     for name, content in graphs.items():
         corpus.add(f"onnx/{name}", "LD217", content)
+    unread = {
+        "tensor-of-text": model(tensors=(weight(put(6, b"x"), dims=(1,), kind=8),)),
+        "sparse-tensor": model(graph=put(15, put(1, weight(RAW)))),
+        "own-function": model(more=put(25, put(1, "f"))),
+        "training-information": model(more=put(20, b"")),
+        "foreign-domain": model(node(more=put(7, "com.evil"))),
+        "opset-1": model(opset=1),
+        "opset-999": model(opset=999),
+        "operator-loop": model(node("Loop")),
+        "operator-scan": model(node("Scan")),
+        "operator-random": model(node("RandomNormal", ())),
+        "operator-of-sequences": model(node("SequenceConstruct")),
+        "operator-of-text": model(node("StringNormalizer")),
+        "tensor-of-int4": model(tensors=(weight(put(9, bytes(8)), kind=22),)),
+        "operator-of-onnx-runtime": model(node("FusedConv", more=put(7, "com.microsoft"))),
+        "input-of-a-sequence": model(graph=put(11, put(1, "s") + put(2, put(4, b"")))),
+    }
+    for name, content in unread.items():
+        corpus.add(f"onnx/{name}", "LD235", content)
     data = {"data": bytes(64)}
     for name, fields, beside in (
         ("parent-path", {"location": "../data"}, data),
@@ -405,13 +427,10 @@ def _add_onnx(corpus: Corpus) -> None:
         ("absolute-path", {"location": "/etc/passwd"}, data),
         ("backslash-path", {"location": "..\\data"}, data),
         ("file-url", {"location": "file:///etc/passwd"}, data),
-        ("absent", {"location": "nothing"}, {}),
-        ("symbolic-link", {"location": "data"}, {"data": Link("/etc/passwd")}),
         ("without-location", {"offset": "0"}, data),
         ("location-of-this-folder", {"location": "."}, data),
         ("location-with-zero", {"location": "data\0.txt"}, data),
         ("overlong", {"location": "data", "length": "6400"}, data),
-        ("offset-beyond", {"location": "data", "offset": "60", "length": "64"}, data),
         ("negative-offset", {"location": "data", "offset": "-64", "length": "64"}, data),
         ("offset-of-10-30", {"location": "data", "offset": "1" + "0" * 30}, data),
         ("shorter-than-needed", {"location": "data", "length": "32"}, data),
@@ -419,6 +438,14 @@ def _add_onnx(corpus: Corpus) -> None:
     ):
         files = {"model": model(tensors=(weight(kept(**fields)),)), **beside}
         corpus.add(f"onnx/external-{name}", "LD216", Folder("model", files))
+    for name, fields, content in (
+        ("absent", {"location": "nothing"}, {}),
+        ("offset-beyond", {"location": "data", "offset": "60", "length": "64"}, data),
+    ):
+        files = {"model": model(tensors=(weight(kept(**fields)),)), **content}
+        corpus.add(f"onnx/external-{name}", "LD230", Folder("model", files))
+    linked = {"model": model(tensors=(weight(kept(location="data")),)), "data": Link("/etc/passwd")}
+    corpus.add("onnx/external-symbolic-link", "LD216", Folder("model", linked), caught="open")
     twice = weight(put(13, *(put(1, "location") + put(2, place) for place in ("data", "other"))), OUTSIDE)
     corpus.add(
         "onnx/external-location-twice", "LD216", Folder("model", {"model": model(tensors=(twice,)), **data})

@@ -424,7 +424,7 @@ def test_hollow_files_of_every_format_are_recognised_and_refused(tmp_path: Path)
         Format.PT2: archive("m/archive_format", "m/models/model.json"),
         Format.KERAS_ZIP: archive("metadata.json", "config.json", "model.weights.h5"),
         Format.HDF5: b"\x89HDF\r\n\x1a\n" + bytes(600),
-        Format.ONNX: b"\x08\x08\x12\x07pytorch" + bytes(100),
+        Format.ONNX: b"\x08\x08\x12\x07pytorch\x3a\x7f\x0a" + bytes(100),
         Format.TORCH_LEGACY_PICKLE: pickle.dumps({"a": 1}, protocol=2),
     }
     for kind, content in examples.items():

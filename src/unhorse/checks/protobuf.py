@@ -45,6 +45,15 @@ class MessageReader:
         """The message that fills the stream."""
         return self._message(kind, 0, self._size, 0)
 
+    def walk(self, span: Span | None = None) -> Iterator[tuple[int, int, int | Span]]:
+        """(number, wire type, value) of each field in a place, or in the whole stream, by no schema."""
+        start, length = span or (0, self._size)
+        return self._walk(start, start + length)
+
+    def bytes_of(self, span: Span) -> bytes:
+        """The bytes of a place, which must not be longer than any text."""
+        return self._bytes(span)
+
     def _message(self, kind: str, start: int, end: int, depth: int) -> dict[str, Any]:
         if depth > 16:
             raise self._refuse("messages are nested too deep")

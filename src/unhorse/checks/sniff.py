@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from unhorse.checks.old_torch_files import MAGIC
+from unhorse.checks.onnx_outline import is_onnx
 from unhorse.checks.zip_directory import archive_at_end, read_at, read_directory, stray
 from unhorse.rules import LoadFailed, LoadRefused
 
@@ -71,8 +72,6 @@ _MAGIC = {
 _OLD_PICKLE = re.compile(
     rb"\(?[()\]}]*(c[A-Za-z_][\w.]*\n[\w.]+\n|[(\]}][dltp(q]|i[a-z_][\w.]*\n\w+\n|[SVIF]['\w.-]+\n)"
 )
-# an ONNX file opens with field 1, the version of its format, then any field of a model but a graph's
-_ONNX_FIELDS = b"\x12\x1a\x22\x28\x32\x3a\x42\x72"
 
 
 def sniff(source: Path | BinaryIO) -> Format:
@@ -104,7 +103,7 @@ def _kind(stream: BinaryIO, head: bytes) -> Format:
     if head.startswith(b"PK\x03\x04"):
         kinds = {_archive_kind(stream)}
     else:
-        kinds = {_plain_kind(head, size)} - {Format.UNKNOWN}
+        kinds = {_plain_kind(head, stream)} - {Format.UNKNOWN}
         if archive_at_end(stream):
             raise stray("the file ends in a zip archive and begins as something else")
     if head[257:262] == b"ustar":
@@ -117,7 +116,7 @@ def _kind(stream: BinaryIO, head: bytes) -> Format:
     return kinds.pop() if kinds else Format.UNKNOWN
 
 
-def _plain_kind(head: bytes, size: int) -> Format:
+def _plain_kind(head: bytes, stream: BinaryIO) -> Format:
     # first, because the length of a header may begin with any other magic; a zero byte is no pickle opcode
     if head[8:9] == b"{" and head[4:8] == bytes(4) and int.from_bytes(head[:4], "little"):
         return Format.SAFETENSORS
@@ -127,7 +126,7 @@ def _plain_kind(head: bytes, size: int) -> Format:
     if head[:1] == b"\x08" and len(head) > 2:
         if head[1] == 1 and head[2] == 0x12:
             return Format.SAVED_MODEL
-        return Format.ONNX if 3 <= head[1] <= 20 and head[2] in _ONNX_FIELDS else Format.UNKNOWN
+        return Format.ONNX if head[1] <= 30 and is_onnx(stream) else Format.UNKNOWN
     return Format.TORCH_LEGACY_PICKLE if _OLD_PICKLE.match(head) else Format.UNKNOWN
 
 

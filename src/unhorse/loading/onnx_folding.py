@@ -16,7 +16,10 @@ EXTERNAL_REMEDY = (
 
 
 def with_data(model: onnx.ModelProto, beside: Mapping[str, BinaryIO]) -> None:
-    """Puts the external data of every tensor into the model, from open files, never by path; else LD216."""
+    """Puts the external data of every tensor into the model, from open files, never by path.
+
+    LoadFailed where a file is absent or too short, LD216 where the place of a tensor is none.
+    """
     import onnx
 
     sizes = {name: stream.seek(0, 2) for name, stream in beside.items()}
@@ -26,9 +29,7 @@ def with_data(model: onnx.ModelProto, beside: Mapping[str, BinaryIO]) -> None:
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = entries.get("location", "").removeprefix("./")
         if location not in beside:
-            raise LoadRefused(
-                "LD216", f"tensor {tensor.name!r} lies in {location!r}, absent here", EXTERNAL_REMEDY
-            )
+            raise LoadFailed(f"tensor {tensor.name!r} lies in {location!r}, absent here", EXTERNAL_REMEDY)
         try:
             offset = int(entries.get("offset") or 0)
             length = int(entries.get("length") or sizes[location] - offset)
@@ -45,6 +46,20 @@ def with_data(model: onnx.ModelProto, beside: Mapping[str, BinaryIO]) -> None:
         tensor.ClearField("external_data")
         tensor.data_location = onnx.TensorProto.DEFAULT
         tensor.raw_data = data
+
+
+def without_idle_domains(model: onnx.ModelProto) -> None:
+    """Drops what the model imports and no node uses, as ONNX Runtime writes it: converters look it up."""
+    used = {"", "ai.onnx", *(node.domain for node in _nodes(model.graph))}
+    _replace(model.opset_import, [opset for opset in model.opset_import if opset.domain in used])
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for subgraph in (attribute.g, *attribute.graphs):
+                yield from _nodes(subgraph)
 
 
 def _tensors(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts, Sides
-from unhorse.loading.onnx_folding import folded, is_narrow, widened, with_data
+from unhorse.loading.onnx_folding import folded, is_narrow, widened, with_data, without_idle_domains
 from unhorse.loading.onnx_metadata import with_metadata
 from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, logits_in, probed
 from unhorse.rules import LoadFailed, LoadRefused
@@ -37,6 +37,7 @@ def read_onnx(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Fact
     _require_libraries()
     names = options["names"]
     model = _parsed(files[0].read(MAX_MODEL_BYTES + 1))
+    without_idle_domains(model)
     with_data(model, dict(zip(names[1:], files[1:], strict=True)))
     runnable = _checked(model)
     batch, channels_last, shape = _image_input(model)

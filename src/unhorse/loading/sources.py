@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from unhorse.checks import weight_files
+from unhorse.checks.onnx_outline import external_names, is_plain
 from unhorse.checks.sniff import EXPORT_REMEDY, Format, refusal, sniff
 from unhorse.rules import LoadFailed, LoadRefused
 
@@ -19,8 +20,6 @@ FOLDER = "folder"
 HUGGING_FACE = "Hugging Face folder"
 _CONFIGURATION = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_DATA_SUFFIXES = (".data", ".bin", ".weight", ".weights", ".onnx_data")
-_MAX_BESIDE = 64
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def opened(path: Path) -> Iterator[Source]:
         if "config.json" not in names:
             kind, problem = _sniffed(files[0], path.name)
         if kind is Format.ONNX:
-            for name in _data_beside(path):
+            for name in _data_beside(files[0], folder):
                 names.append(name)
                 files.append(stack.enter_context(_open(folder / name)))
         size = sum(os.fstat(file.fileno()).st_size for file in files)
@@ -129,16 +128,22 @@ def _linked(path: Path, within: Path | None) -> Path:
     raise LoadRefused("LD223", f"{path.name} is a symbolic link", f"give the file it leads to: {target}")
 
 
-def _data_beside(path: Path) -> list[str]:
-    """The regular files beside an ONNX file that may hold its tensors; readers check which it names."""
-    found = sorted(
-        entry.name
-        for entry in os.scandir(path.parent)
-        if entry.is_file(follow_symlinks=False)
-        and entry.name != path.name
-        and (entry.name.endswith(_DATA_SUFFIXES) or entry.name.startswith(path.name))
-    )
-    return found[:_MAX_BESIDE]
+def _data_beside(model: BinaryIO, folder: Path) -> list[str]:
+    """The regular files of the folder that an ONNX file keeps its tensors in; the checks name absent ones.
+
+    LD216 for a link or anything else in the place of such a file. No other file is opened.
+    """
+    found = []
+    for name in filter(is_plain, external_names(model)):
+        try:
+            mode = (folder / name).lstat().st_mode
+        except OSError:
+            continue
+        if not stat.S_ISREG(mode):
+            reason = f"the model keeps tensors in {name[:100]!r}, which is no regular file"
+            raise LoadRefused("LD216", reason, "put the data file itself into the folder of the model")
+        found.append(name)
+    return found
 
 
 def _sha256(names: Sequence[str], files: Sequence[BinaryIO]) -> str:
