@@ -15,8 +15,8 @@ from unhorse.rules import Severity
 SOURCE = Path(unhorse.__file__).parent
 IDS = [
     *(f"BD10{number}" for number in range(1, 5)),
-    *(f"LD{number}" for number in (*range(201, 225), 230, 231, 235)),
-    *(f"MD30{number}" for number in range(1, 5)),
+    *(f"LD{number}" for number in (*range(201, 225), 228, 230, 231, 235)),
+    *(f"MD30{number}" for number in (*range(1, 5), 6)),
 ]
 
 

@@ -29,7 +29,8 @@ class Normalisation(NamedTuple):
 class Said:
     """What the user says of a file, which wins over what the file says; None means: as the file says.
 
-    `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on.
+    `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on. `key`
+    says which of several networks in the file is meant.
     """
 
     architecture: str = "auto"
@@ -39,6 +40,7 @@ class Said:
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     value_range: tuple[float, float] | None = None
+    key: str | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from unhorse.checks.expectations import Facts
 from unhorse.checks.sniff import Format
 from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
-from unhorse.loading.assembly import Said, contradiction, graph_classifier, identified, overridden
+from unhorse.loading.assembly import Said, contradiction, graph_classifier, overridden
+from unhorse.loading.networks import Found, each, in_file, single
 from unhorse.loading.sources import Source, opened
 from unhorse.loading.tensors import check_tensors
 from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
@@ -25,7 +26,6 @@ from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.sandbox import server
 from unhorse.sandbox.confinement import Limits
 
-_PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.", "backbone.")
 HERE = "here"
 
 
@@ -47,7 +47,18 @@ class Opened(NamedTuple):
     seconds: float
 
 
-def load_model(
+class Networks(NamedTuple):
+    """The networks of a file, and how they were come by."""
+
+    networks: tuple[Found, ...]
+    format: str
+    sha256: str
+    size: int
+    opened: str
+    seconds: float
+
+
+def load_model(  # noqa: PLR0913 - one argument for each thing that a user may say
     path: Path | str,
     *,
     architecture: str = "auto",
@@ -57,11 +68,13 @@ def load_model(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
     value_range: tuple[float, float] | None = None,
+    key: str | None = None,
 ) -> Classifier:
     """The classifier in a file or folder, on the CPU, in eval mode; arguments win over what the file says.
 
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on (0 to 1
-    unless given). Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
+    unless given). `key` chooses one of several networks in the file: without it they are refused (LD228).
+    Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
     """
     said = Said(
         architecture=architecture,
@@ -71,6 +84,7 @@ def load_model(
         mean=mean,
         std=std,
         value_range=value_range,
+        key=key,
     )
     return open_model(Path(path), said).model
 
@@ -81,16 +95,30 @@ def open_model(
     *,
     progress: Callable[[str], None] | None = None,
 ) -> Opened:
-    """As load_model, with where the file was opened, its format, hash and size.
+    """As load_model, with where the file was opened, its format, hash and size."""
+    seen = open_networks(path, said, progress=progress)
+    chosen = single(seen.networks)
+    assert chosen.model is not None
+    return Opened(chosen.model, seen.format, seen.sha256, seen.size, seen.opened, seen.seconds)
+
+
+def open_networks(
+    path: Path,
+    said: Said = Said(),  # noqa: B008 - frozen
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Networks:
+    """Every different network of a file (one, as a rule), each opened or with the reason why it is not.
 
     safetensors are parsed here; every other format in a restricted child, of which tensors come back, and for
-    a network that is none of ours a graph of listed operators (models/graph.py). Both run here.
+    a network that is none of ours a graph of listed operators (models/graph.py). Both run here. Raises
+    LoadRefused and LoadFailed for what is wrong with the file as a whole.
     """
     started = time.monotonic()
     with opened(path) as source:
         source.check()
         if source.kind is Format.SAFETENSORS:
-            model, where = _from_safetensors(source, said), HERE
+            found, where = _from_safetensors(source, said), HERE
         else:
             parcel = server.run(
                 "read",
@@ -101,9 +129,22 @@ def open_model(
                 progress=progress,
             )
             where = f"in the sandbox ({parcel.tier})"
-            model = _from_parcel(source, parcel, said)
-        model = overridden(model, said.num_classes, said.class_names, said.normalisation)
-        return Opened(model, source.format, source.sha256, source.size, where, time.monotonic() - started)
+            found = _from_parcel(source, parcel, said)
+        networks = tuple(_overridden(one, said) for one in found)
+        return Networks(
+            networks, source.format, source.sha256, source.size, where, time.monotonic() - started
+        )
+
+
+def _overridden(found: Found, said: Said) -> Found:
+    """With what the user said of the network, where it was opened."""
+    if found.model is None:
+        return found
+    try:
+        model = overridden(found.model, said.num_classes, said.class_names, said.normalisation)
+    except LoadRefused as error:
+        return Found(found.key, None, error)
+    return found._replace(model=model)
 
 
 def _limits(size: int) -> Limits:
@@ -112,13 +153,13 @@ def _limits(size: int) -> Limits:
     return Limits(memory=4 * 2**30 + 8 * size, cpu_seconds=seconds, wall_seconds=3.0 * seconds)
 
 
-def _from_safetensors(source: Source, said: Said) -> Classifier:
+def _from_safetensors(source: Source, said: Said) -> list[Found]:
     weights = _safetensors(source.files[0].read(), source.path.name)
-    weights = weights._replace(tensors=_without_prefixes(weights.tensors))
+    found = in_file({"": weights.tensors})
     file = source.path / WEIGHTS_FILE if source.path.is_dir() else source.path
-    model = _described(file, weights)
+    model = _described(file, weights._replace(tensors=found[0].tensors) if len(found) == 1 else weights)
     if model is None:
-        return identified(weights.tensors, said, Facts())
+        return each({"": weights.tensors}, said, Facts())
     if said.architecture not in ("auto", model.architecture["name"]):
         known = model.architecture["name"]
         raise contradiction(f"the card says {known}, not {said.architecture}", "leave --arch out")
@@ -126,7 +167,7 @@ def _from_safetensors(source: Source, said: Said) -> Classifier:
         raise contradiction(
             f"the card says images of {model.image_shape}, not {said.image_shape}", "leave the shape out"
         )
-    return model
+    return [Found("", model)]
 
 
 def _safetensors(data: bytes, name: str) -> Weights:
@@ -138,33 +179,39 @@ def _safetensors(data: bytes, name: str) -> Weights:
         raise LoadFailed(f"{name} is damaged ({type(error).__name__}: {_first_line(error)})") from error
 
 
-def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> Classifier:
-    """The classifier that a child sent home as data: whatever it sent is checked as a file would be."""
+def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> list[Found]:
+    """The networks that a child sent home as data: whatever it sent is checked as a file would be."""
     document = parcel.document
     try:
         facts = Facts.from_json(document["facts"])
         tensors = _safetensors(parcel.blob, source.path.name).tensors
         notes = [] if "landlock" in parcel.tier else [_weak_tier(parcel.tier)]
         if document["kind"] == "tensors":
-            return identified(_without_prefixes(tensors), said, facts, notes)
-        return graph_classifier(document, tensors, facts, [*notes, *map(str, document["notes"])])
+            if left_out := "; ".join(map(str, document["left_out"])):
+                notes.append(f"MD306 left out of the network: {left_out}")
+            return each(_by_key(document["keys"], tensors), said, facts, notes)
+        if said.key is not None:
+            raise contradiction(f"{source.path.name} holds one network, without keys", "leave --key out")
+        return [Found("", graph_classifier(document, tensors, facts, [*notes, *map(str, document["notes"])]))]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, LoadRefused | LoadFailed):
             raise
         raise LoadFailed(f"the sandbox sent back no usable network ({_first_line(error)})") from error
 
 
+def _by_key(keys: Sequence[object], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The tensors of each network, whose number stands before their names, and then their place in it."""
+    networks: list[dict[str, Tensor]] = [{} for _ in keys]
+    for whole in sorted(tensors, key=lambda name: int(name.split("/")[1])):
+        number, _, name = whole.split("/", 2)
+        networks[int(number)][name] = tensors[whole]
+    return dict(zip(map(str, keys), networks, strict=True))
+
+
 def _weak_tier(tier: str) -> str:
     return (
         f"MD304 this system has no Landlock: the file was opened under {tier} only; use Linux 5.13 or later"
     )
-
-
-def _without_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Drops what DataParallel, torch.compile and wrapper modules put before every name."""
-    while prefix := next((p for p in _PREFIXES if all(name.startswith(p) for name in tensors)), None):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    return tensors
 
 
 def _described(file: Path, weights: Weights) -> Classifier | None:

@@ -14,7 +14,7 @@ from unhorse.checks import weight_files
 from unhorse.checks.expectations import Facts
 from unhorse.loading.readouts import LogitsOf, Readout, probed
 from unhorse.loading.tensors import check_tensors
-from unhorse.loading.torch_reader import unwrapped
+from unhorse.loading.torch_reader import checkpoint
 from unhorse.rules import LoadFailed, LoadRefused
 
 INSTALL_REMEDY = "pip install 'unhorse[hf]'"
@@ -35,7 +35,7 @@ def read_huggingface(files: Sequence[BinaryIO], options: Mapping[str, Any], fact
     config = _json(beside, "config.json")
     tensors = _tensors(beside)
     if "model_type" not in config:
-        return Readout(None, facts, tensors)
+        return Readout(None, facts, {"": tensors})
     model = _filled(config, tensors).eval()
     network = LogitsOf(model)
     return Readout(network, probed(network, facts, options))
@@ -65,11 +65,8 @@ def _tensors(beside: Mapping[str, BinaryIO]) -> dict[str, Tensor]:
                 raise LoadRefused("LD209", f"two files of the folder have {twice[0]!r}", _REMEDY)
             tensors |= part
     if not tensors and "pytorch_model.bin" in beside:
-        stream = beside["pytorch_model.bin"]
-        size = stream.seek(0, 2)
-        stream.seek(0)
-        found = unwrapped(torch.load(stream, map_location="cpu", weights_only=True))
-        tensors = check_tensors(found, size)
+        found = checkpoint(beside["pytorch_model.bin"]).networks
+        tensors = dict(found.get("") or next(iter(found.values())))
     if not tensors:
         raise LoadRefused("LD202", "the folder has no weights", "add model.safetensors to it")
     return tensors

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 import safetensors
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from unhorse.checks.inspection import check
 from unhorse.checks.sniff import sniff
@@ -65,10 +66,27 @@ def _read(files: list[BinaryIO], options: Mapping[str, Any]) -> Readout:
     return READERS[kind](files, options, facts)
 
 
+def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Each with memory of its own, as safetensors wants it."""
+    seen: set[int] = set()
+    untied = {}
+    for name, tensor in tensors.items():
+        untied[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    return untied
+
+
 def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
     facts = readout.facts.to_json()
     if readout.network is None:
-        return {"kind": "tensors", "facts": facts}, to_safetensors(dict(readout.tensors))
+        # before each name: which network it is of, and its place there, for safetensors keep no order
+        numbered = {
+            f"{number}/{place}/{name}": tensor
+            for number, tensors in enumerate(readout.networks.values())
+            for place, (name, tensor) in enumerate(tensors.items())
+        }
+        said = {"keys": list(readout.networks), "left_out": [line[:200] for line in readout.left_out[:100]]}
+        return {"kind": "tensors", "facts": facts, **said}, to_safetensors(_untied(numbered))
     shape = [size for size in readout.facts.image_shape or () if size is not None]
     traced = trace(readout.network, shape, batch=readout.batch)
     document = {

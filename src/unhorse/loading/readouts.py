@@ -23,15 +23,17 @@ USUAL_SHAPES: tuple[ImageShape, ...] = (
 
 
 class Readout(NamedTuple):
-    """Either a `network` in eval mode (float32 NCHW images in its own units to (n, k)) or bare `tensors`.
+    """Either a `network` in eval mode (float32 NCHW images in its own units to (n, k)) or state dicts by key.
 
-    `batch` is the one batch size that the network takes, None where it takes any.
+    `batch` is the one batch size that the network takes, None where it takes any; `left_out` says in words
+    which tensors of the file are in none of the `networks`.
     """
 
     network: nn.Module | None
     facts: Facts
-    tensors: Mapping[str, Tensor] = {}
+    networks: Mapping[str, Mapping[str, Tensor]] = {}
     batch: int | None = None
+    left_out: Sequence[str] = ()
 
 
 class LogitsOf(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,17 @@ from unhorse.rules import LoadRefused
 def check_tensors(tensors: Mapping[str, object], file_bytes: int) -> dict[str, Tensor]:
     """Plain CPU tensors of their own, floats as float32 and finite; otherwise LD206, LD207 or LD209."""
     plain = {name: _check_tensor(name, value) for name, value in tensors.items()}
-    # tied weights count twice; a file of a thousand views of one tensor would count a thousand times
-    if sum(tensor.numel() * tensor.element_size() for tensor in plain.values()) > 4 * file_bytes + 2**20:
-        raise LoadRefused("LD206", "the tensors claim more memory than the file has bytes", EXPORT_REMEDY)
+    check_size(plain.values(), file_bytes)
     return {name: _as_finite(name, tensor) for name, tensor in plain.items()}
+
+
+def check_size(tensors: Iterable[Tensor], file_bytes: int) -> None:
+    """LD206 where tensors take more memory than a file of so many bytes can hold.
+
+    Tied weights count twice; a file of a thousand views of one tensor would count a thousand times.
+    """
+    if sum(tensor.numel() * tensor.element_size() for tensor in tensors) > 4 * file_bytes + 2**20:
+        raise LoadRefused("LD206", "the tensors claim more memory than the file has bytes", EXPORT_REMEDY)
 
 
 def _check_tensor(name: str, value: object) -> Tensor:

@@ -10,40 +10,28 @@ from typing import Any, BinaryIO
 
 import torch
 
-from unhorse.checks import weight_files
 from unhorse.checks.expectations import Facts
-from unhorse.checks.sniff import EXPORT_REMEDY
+from unhorse.loading.containers import Contents, contents
 from unhorse.loading.readouts import LogitsOf, Readout, probed
 from unhorse.loading.tensors import check_tensors
 from unhorse.rules import LoadRefused
 
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "net", "netC")
 _CARD_MEMBER = "card.json"
 
 
 def read_state_dict(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
-    """The tensors of a PyTorch checkpoint, as float32; LD209 where it is not a state dict."""
-    size = files[0].seek(0, 2)
-    files[0].seek(0)
-    found = torch.load(files[0], map_location="cpu", weights_only=True)
-    tensors = check_tensors(unwrapped(found), size)
-    return Readout(None, facts, tensors)
+    """The state dicts in a PyTorch checkpoint, as float32; LD209 where it has none."""
+    found = checkpoint(files[0])
+    return Readout(None, facts, found.networks, left_out=found.left_out)
 
 
-def unwrapped(found: object) -> dict[str, object]:
-    """The state dict inside the dictionaries that training scripts save around it; otherwise LD209."""
-    for _ in range(3):
-        inside = [found[key] for key in _WRAPPERS if key in found] if isinstance(found, Mapping) else []
-        if not inside or not isinstance(inside[0], Mapping):
-            break
-        found = inside[0]
-    if not isinstance(found, Mapping) or not found or not all(isinstance(name, str) for name in found):
-        what = f"the file holds a {type(found).__name__}, not a state dict"
-        raise LoadRefused("LD209", what, EXPORT_REMEDY)
-    if len(found) > weight_files.MAX_TENSORS:
-        what = f"{len(found)} tensors are more than {weight_files.MAX_TENSORS}"
-        raise LoadRefused("LD209", what, EXPORT_REMEDY)
-    return dict(found)
+def checkpoint(file: BinaryIO) -> Contents:
+    """What an open file of torch.save holds: nothing but tensors and plain values is unpickled."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    found = contents(torch.load(file, map_location="cpu", weights_only=True), size)
+    checked = {key: check_tensors(tensors, size) for key, tensors in found.networks.items()}
+    return Contents(checked, found.left_out)
 
 
 def read_torchscript(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
