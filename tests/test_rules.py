@@ -16,7 +16,7 @@ SOURCE = Path(unhorse.__file__).parent
 IDS = [
     *(f"BD10{number}" for number in range(1, 5)),
     *(f"LD{number}" for number in (*range(201, 225), 228, 230, 231, 235)),
-    *(f"MD30{number}" for number in (*range(1, 5), 6)),
+    *(f"MD30{number}" for number in range(1, 7)),
 ]
 
 

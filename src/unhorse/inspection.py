@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from unhorse import jobs
 from unhorse.checks.expectations import Facts
@@ -20,9 +21,18 @@ _LIMITS = Limits(memory=2**30, cpu_seconds=60, wall_seconds=90)
 _NO_MEAN = "MD301 the file says no normalisation: a scan will assume one; pass --mean/--std/--range"
 
 
-def inspect_models(models: Sequence[Path], *, workers: int = 1, command: Sequence[str] = ()) -> Report:
-    """Every file looked at in a restricted process of its own; what breaks a rule stops nothing."""
-    todo = [_Look(path) for path in models]
+def inspect_models(
+    models: Sequence[Path],
+    *,
+    loading: Mapping[str, Any] | None = None,
+    workers: int = 1,
+    command: Sequence[str] = (),
+) -> Report:
+    """Every file looked at in a restricted process of its own; what breaks a rule stops nothing.
+
+    With `loading`, arguments of load_model that say the network, the weights are tried in it, too.
+    """
+    todo = [_Look(path, loading or {}) for path in models]
     outcomes = jobs.run(jobs.call, todo, workers=workers)
     watched = outcomes if len(todo) == 1 else jobs.track("inspecting", outcomes, len(todo))
     seen: dict[Path, ScannedModel] = {}
@@ -43,6 +53,7 @@ class _Look:
     """One file of an inspection."""
 
     path: Path
+    loading: Mapping[str, Any]
 
     def __call__(self) -> ScannedModel:
         started = time.monotonic()
@@ -54,9 +65,20 @@ class _Look:
                 options = {"name": source.names[0], "names": list(source.names[1:])}
                 parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
                 seen = _described(seen, Facts.from_json(parcel.document["facts"]), parcel.tier)
+            if self.loading:
+                seen = self._tried(seen)
         except (LoadRefused, LoadFailed) as error:
             seen = replace(seen, error=str(error), error_rule=error.rule)
         return replace(seen, seconds=time.monotonic() - started)
+
+    def _tried(self, seen: ScannedModel) -> ScannedModel:
+        """With the network that was said, if the weights fit it."""
+        from unhorse.model_files import load
+        from unhorse.survey import describe
+
+        file = load(self.path, self.loading)
+        model = describe(self.path, file.model, file)
+        return replace(model, inspected=True)
 
 
 def _described(seen: ScannedModel, facts: Facts, tier: str) -> ScannedModel:

@@ -19,14 +19,19 @@ def inspect(
     /,
     *,
     jobs: Annotated[int, Parameter(group=COMPUTE, help="Files at a time.")] = 1,
+    options: ModelOptions = AS_THE_FILE_SAYS,
     output: ReportOptions = TERMINAL_ONLY,
 ) -> int:
-    """Look at model files without running them: format, hash, what they say, and rules they break."""
+    """Look at model files without running them: format, hash, what they say, and rules they break.
+
+    With --layers, or another flag that says the network, the weights are tried in it.
+    """
     from unhorse.inspection import inspect_models
     from unhorse.model_files import find_models
 
     deliver = delivery(output)
-    return deliver(inspect_models(find_models(paths), workers=jobs, command=command_line()))
+    loading = {} if options == AS_THE_FILE_SAYS else options.loading()
+    return deliver(inspect_models(find_models(paths), loading=loading, workers=jobs, command=command_line()))
 
 
 def convert(

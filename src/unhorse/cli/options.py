@@ -22,6 +22,10 @@ class ModelOptions:
     """The flags of that name; None means: as the file says."""
 
     arch: Annotated[str, Parameter(help="Architecture name; auto reads it from keys and shapes.")] = "auto"
+    layers: Annotated[
+        str | None,
+        Parameter(help='A plain network in words: "conv relu maxpool2 flatten linear" (docs/formats.md).'),
+    ] = None
     classes: Annotated[int | None, Parameter(help="Number of classes.")] = None
     size: Annotated[tuple[int, int] | None, Parameter(help="Input height and width.")] = None
     channels: Annotated[int | None, Parameter(help="Input channels, with --size.")] = None
@@ -33,6 +37,7 @@ class ModelOptions:
         """As arguments of survey.load."""
         return {
             "architecture": self.arch,
+            "layers": self.layers,
             "num_classes": self.classes,
             "image_size": self.size,
             "channels": self.channels,

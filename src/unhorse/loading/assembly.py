@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
+from unhorse.loading.chains import said_chain
 from unhorse.loading.identification import identify
 from unhorse.models.classifier import classifier_from_card
 from unhorse.models.graph import GRAPH
@@ -30,10 +31,12 @@ class Said:
     """What the user says of a file, which wins over what the file says; None means: as the file says.
 
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on. `key`
-    says which of several networks in the file is meant.
+    says which of several networks in the file is meant; `layers` are the words of a plain chain
+    (models/chains.py).
     """
 
     architecture: str = "auto"
+    layers: str | None = None
     image_shape: ImageShape | None = None
     num_classes: int | None = None
     class_names: Sequence[str] | None = None
@@ -75,7 +78,12 @@ def identified(tensors: dict[str, Tensor], said: Said, facts: Facts, notes: Sequ
     if shape is None and facts.image_shape is not None and None not in facts.image_shape:
         channels, height, width = (int(size or 0) for size in facts.image_shape)
         shape = (channels, height, width)
-    found = identify(tensors, architecture=said.architecture, image_shape=shape)
+    if said.layers is None:
+        found = identify(tensors, architecture=said.architecture, image_shape=shape)
+    elif said.architecture == "auto":
+        found = said_chain(tensors, said.layers, image_shape=shape)
+    else:
+        raise contradiction(f"--arch {said.architecture} and --layers name two networks", "leave one out")
     names, named = _class_names(found.num_classes, facts)
     mean, std, assumed = _expected(facts, found.image_shape[0], (found.mean, found.std))
     card: dict[str, object] = {

@@ -62,6 +62,7 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
     path: Path | str,
     *,
     architecture: str = "auto",
+    layers: str | None = None,
     image_shape: ImageShape | None = None,
     num_classes: int | None = None,
     class_names: Sequence[str] | None = None,
@@ -72,12 +73,14 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
 ) -> Classifier:
     """The classifier in a file or folder, on the CPU, in eval mode; arguments win over what the file says.
 
+    `layers` says a plain network in words: "conv5 relu maxpool2 flatten linear" (docs/formats.md).
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on (0 to 1
     unless given). `key` chooses one of several networks in the file: without it they are refused (LD228).
     Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
     """
     said = Said(
         architecture=architecture,
+        layers=layers,
         image_shape=image_shape,
         num_classes=num_classes,
         class_names=class_names,
@@ -160,6 +163,8 @@ def _from_safetensors(source: Source, said: Said) -> list[Found]:
     model = _described(file, weights._replace(tensors=found[0].tensors) if len(found) == 1 else weights)
     if model is None:
         return each({"": weights.tensors}, said, Facts())
+    if said.layers is not None:
+        raise contradiction("the file's card says the network", "leave --layers out")
     if said.architecture not in ("auto", model.architecture["name"]):
         known = model.architecture["name"]
         raise contradiction(f"the card says {known}, not {said.architecture}", "leave --arch out")
@@ -174,7 +179,8 @@ def _safetensors(data: bytes, name: str) -> Weights:
     """The checked tensors of safetensors bytes, whoever wrote them."""
     try:
         metadata = check_safetensors(data)
-        return Weights(check_tensors(parse_safetensors(data), len(data)), metadata)
+        ordered = dict(sorted(parse_safetensors(data).items()))  # they come in any order
+        return Weights(check_tensors(ordered, len(data)), metadata)
     except (safetensors.SafetensorError, RuntimeError, TypeError, KeyError, OverflowError) as error:
         raise LoadFailed(f"{name} is damaged ({type(error).__name__}: {_first_line(error)})") from error
 
@@ -190,6 +196,8 @@ def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> list[Foun
             if left_out := "; ".join(map(str, document["left_out"])):
                 notes.append(f"MD306 left out of the network: {left_out}")
             return each(_by_key(document["keys"], tensors), said, facts, notes)
+        if said.layers is not None:
+            raise contradiction("the file has a network of its own, not only tensors", "leave --layers out")
         if said.key is not None:
             raise contradiction(f"{source.path.name} holds one network, without keys", "leave --key out")
         return [Found("", graph_classifier(document, tensors, facts, [*notes, *map(str, document["notes"])]))]

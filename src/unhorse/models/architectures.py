@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from unhorse.models.chains import CHAIN, chain
 from unhorse.models.efficientnet_lites import EFFICIENTNET_LITES
 from unhorse.models.efficientnets import EFFICIENTNETS
 from unhorse.models.graph import GRAPH, GraphNetwork
@@ -61,6 +62,10 @@ def build(name: str, *, num_classes: int, image_shape: ImageShape, **options: ob
         if options or not isinstance(graph, dict):
             raise ValueError(f"{GRAPH} takes one option, the graph")
         return GraphNetwork(num_classes, image_shape, graph=graph)
+    if name == CHAIN:
+        if options.keys() != {"words", "widths", "biased"}:
+            raise ValueError(f"{CHAIN} takes words, widths and biased, not {sorted(options)}")
+        return chain(num_classes, image_shape, **options)  # type: ignore[arg-type]
     if name not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {name!r}: take one of {families()}")
     architecture = ARCHITECTURES[name]
