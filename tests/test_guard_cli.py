@@ -25,7 +25,7 @@ from unhorse.victims import save_victim
 
 SCHEMA = json.loads(Path(unhorse.report.__file__).with_suffix(".schema.json").read_text())
 CLASSES, IMAGES, EVALUATED = 6, 90, 60
-FIT = ("--filter", "vif", "--network", "tiny", "--epochs", "2")
+FIT = ("--filter", "vif", "--filter-size", "tiny", "--epochs", "2")
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from unhorse.rules import Severity
 SOURCE = Path(unhorse.__file__).parent
 IDS = [
     *(f"BD10{number}" for number in range(1, 5)),
-    *(f"LD{number}" for number in (*range(201, 225), 228, 230, 231, 235)),
+    *(f"LD{number}" for number in (*range(201, 229), 230, 231, 235)),
     *(f"MD30{number}" for number in range(1, 7)),
 ]
 
@@ -42,7 +42,15 @@ def test_every_rule_that_the_source_names_is_explained():
 
 
 def test_signs_of_an_attack_are_high_and_what_is_only_missing_is_low():
-    high = {"LD203", "LD204", "LD205", "LD206", *(f"LD{number}" for number in range(213, 221)), "LD222"}
+    high = {
+        "LD203",
+        "LD204",
+        "LD205",
+        "LD206",
+        *(f"LD{number}" for number in range(213, 221)),
+        "LD222",
+        "LD227",
+    }
     assert {rule.id for rule in RULES.values() if rule.severity is Severity.HIGH} == high | {"BD101"}
     for name in ("LD201", "LD202", "LD210", "LD211", "LD224", "LD230"):
         assert RULES[name].severity is Severity.LOW

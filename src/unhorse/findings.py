@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 ALPHA, ENOUGH = 0.05, 19
 """A reference group of ENOUGH models decides by its p-value, as metrics.judge does; fewer leave it to the
 threshold."""
-_ASSUMED = re.compile(r"(MD3\d\d)\s+(.*)", re.DOTALL)
+_ASSUMED = re.compile(r"(MD3\d\d|LD22[56])\s+(.*)", re.DOTALL)
 _SUBJECT = re.compile(r"(.{1,60}?) (?:assumed|absent|cut off)")
 
 
@@ -49,8 +49,10 @@ def worst(model: ScannedModel) -> Severity:
 
 def incomplete(model: ScannedModel) -> bool:
     """Whether the model was not judged or not opened, and nobody said that this does not matter."""
+    noted = set() if model.error else {"LD225", "LD226"}  # of a network that was opened
     return any(
-        finding.rule in ("BD103", "BD104") or (finding.rule.startswith("LD") and model.result is None)
+        finding.rule in ("BD103", "BD104")
+        or (finding.rule.startswith("LD") and finding.rule not in noted and model.result is None)
         for finding in counted(model)
     )
 

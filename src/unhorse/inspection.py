@@ -11,6 +11,7 @@ from typing import Any
 
 from unhorse import jobs
 from unhorse.checks.expectations import Facts
+from unhorse.loading.network_code import require_confinement
 from unhorse.loading.sources import opened
 from unhorse.report import Report, ScannedModel
 from unhorse.rules import LoadFailed, LoadRefused
@@ -32,6 +33,7 @@ def inspect_models(
 
     With `loading`, arguments of load_model that say the network, the weights are tried in it, too.
     """
+    require_confinement((loading or {}).get("network"))
     todo = [_Look(path, loading or {}) for path in models]
     outcomes = jobs.run(jobs.call, todo, workers=workers)
     watched = outcomes if len(todo) == 1 else jobs.track("inspecting", outcomes, len(todo))
@@ -63,8 +65,9 @@ class _Look:
                 seen = replace(seen, sha256=source.sha256, size=source.size, format=source.format)
                 source.check()
                 options = {"name": source.names[0], "names": list(source.names[1:])}
-                parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
-                seen = _described(seen, Facts.from_json(parcel.document["facts"]), parcel.tier)
+                if not self.loading.get("network"):  # with one, the file alone need not be a network
+                    parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
+                    seen = _described(seen, Facts.from_json(parcel.document["facts"]), parcel.tier)
             if self.loading:
                 seen = self._tried(seen)
         except (LoadRefused, LoadFailed) as error:

@@ -20,6 +20,7 @@ from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResul
 from unhorse.doubts import doubts
 from unhorse.jobs import say
 from unhorse.loading.formats import Opened
+from unhorse.loading.network_code import require_confinement
 from unhorse.loading.sources import opened
 from unhorse.model_files import find_models
 from unhorse.model_files import load as open_with
@@ -102,6 +103,7 @@ def scan_models(
 ) -> Report:
     """Scans every model, each on its own: what fails is reported and stops nothing."""
     reference = None
+    require_confinement(request.loading.get("network"))
     if request.reference is not None:
         reference = build_reference(request, workers=workers)
         say(f"reference: {len(reference.scores)} benign models of {request.reference}")

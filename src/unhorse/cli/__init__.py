@@ -18,6 +18,8 @@ from unhorse.cli.populations import benchmark, simulate, zoo_app
 from unhorse.cli.repairing import repair
 from unhorse.cli.scanning import scan, scanner_app
 from unhorse.jobs import say
+from unhorse.rules import LoadFailed, LoadRefused
+from unhorse.wording import PROSE_LENGTH, plain
 
 app = App(
     name="unhorse",
@@ -65,6 +67,9 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("interrupted; what was finished is kept, call again to go on")
         return 130
+    except (LoadRefused, LoadFailed) as error:  # their words may come from a hostile file
+        say(f"error: {plain(error, PROSE_LENGTH)}")
+        return 4
     except ValueError as error:
         say(f"error: {error}")
         return 4

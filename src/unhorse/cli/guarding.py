@@ -42,8 +42,8 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     unlabelled: Annotated[
         bool, Parameter(negative=(), help="Take the model's own predictions for labels.")
     ] = False,
-    network: Annotated[
-        Literal["auto", "tiny", "small", "base"], Parameter(help="Size of the filter.")
+    filter_size: Annotated[
+        Literal["auto", "tiny", "small", "base"], Parameter(help="Size of the filter's network.")
     ] = "auto",
     epochs: Annotated[int | None, Parameter(help="30, or more where images are few, if left out.")] = None,
     mask_norm: Annotated[
@@ -80,7 +80,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     folder = Path("runs") / f"guard-{model.resolve().stem}" if output is None else output
     guard_runs.check_folder(folder)
     request = guard_runs.FitRequest(
-        filter, network, epochs, None if hard else fpr, policy, seed, mask_norm=mask_norm
+        filter, filter_size, epochs, None if hard else fpr, policy, seed, mask_norm=mask_norm
     )
     classifier = survey.load(model, options.loading()).to(survey.choose_device(device))
     source = ImageSource(clean, split, labels, unlabelled)

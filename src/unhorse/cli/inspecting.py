@@ -24,7 +24,7 @@ def inspect(
 ) -> int:
     """Look at model files without running them: format, hash, what they say, and rules they break.
 
-    With --layers, or another flag that says the network, the weights are tried in it.
+    With --layers, --network, or another flag that says the network, the weights are tried in it.
     """
     from unhorse.inspection import inspect_models
     from unhorse.model_files import find_models

@@ -32,10 +32,20 @@ class ModelOptions:
     mean: Annotated[tuple[float, ...] | None, Parameter(help="Normalisation mean.")] = None
     std: Annotated[tuple[float, ...] | None, Parameter(help="Normalisation deviation.")] = None
     range: Annotated[tuple[float, float] | None, Parameter(help="Input range, e.g. 0 255.")] = None
+    network: Annotated[
+        str | None,
+        Parameter(help="FILE.py:NAME, your class or factory for these weights; run only in the sandbox."),
+    ] = None
+    network_args: Annotated[str | None, Parameter(help="Its arguments as JSON: '{\"num_classes\": 10}'.")] = (
+        None
+    )
+    trust_network: Annotated[
+        bool, Parameter(help="Run it also where the sandbox is weaker than Landlock with seccomp.")
+    ] = False
 
     def loading(self) -> dict[str, Any]:
-        """As arguments of survey.load."""
-        return {
+        """As arguments of survey.load; the network file is read here, and not run."""
+        return self._network() | {
             "architecture": self.arch,
             "layers": self.layers,
             "num_classes": self.classes,
@@ -45,6 +55,15 @@ class ModelOptions:
             "std": self.std,
             "value_range": self.range,
         }
+
+    def _network(self) -> dict[str, Any]:
+        if self.network is None:
+            if self.network_args is not None or self.trust_network:
+                raise ValueError("--network-args and --trust-network go with --network FILE.py:NAME")
+            return {}
+        from unhorse.loading.network_code import read_network
+
+        return {"network": read_network(self.network, self.network_args, trusted=self.trust_network)}
 
 
 AS_THE_FILE_SAYS = ModelOptions()

@@ -13,6 +13,7 @@ from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
 from unhorse.loading.chains import said_chain
 from unhorse.loading.identification import identify
+from unhorse.loading.network_code import NetworkCode
 from unhorse.models.classifier import classifier_from_card
 from unhorse.models.graph import GRAPH
 from unhorse.models.registry import ImageShape
@@ -32,7 +33,7 @@ class Said:
 
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on. `key`
     says which of several networks in the file is meant; `layers` are the words of a plain chain
-    (models/chains.py).
+    (models/chains.py), `network` is the user's own code for it.
     """
 
     architecture: str = "auto"
@@ -44,6 +45,7 @@ class Said:
     std: Sequence[float] | None = None
     value_range: tuple[float, float] | None = None
     key: str | None = None
+    network: NetworkCode | None = None
 
     @property
     def normalisation(self) -> Normalisation | None:

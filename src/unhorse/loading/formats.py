@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors
 from safetensors.torch import load as parse_safetensors
@@ -17,7 +17,9 @@ from unhorse.checks.sniff import Format
 from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
 from unhorse.loading.assembly import Said, contradiction, graph_classifier, overridden
+from unhorse.loading.network_code import NetworkCode, read_network
 from unhorse.loading.networks import Found, each, in_file, single
+from unhorse.loading.own_networks import own_networks
 from unhorse.loading.sources import Source, opened
 from unhorse.loading.tensors import check_tensors
 from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
@@ -70,6 +72,9 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
     std: Sequence[float] | None = None,
     value_range: tuple[float, float] | None = None,
     key: str | None = None,
+    network: Path | str | NetworkCode | None = None,
+    network_args: Mapping[str, Any] | Sequence[Any] | str | None = None,
+    trust_network: bool = False,
 ) -> Classifier:
     """The classifier in a file or folder, on the CPU, in eval mode; arguments win over what the file says.
 
@@ -77,7 +82,12 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on (0 to 1
     unless given). `key` chooses one of several networks in the file: without it they are refused (LD228).
     Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
+
+    `network` is "FILE.py:NAME": your own class or factory for the weights, called with `network_args`. It is
+    run in the sandbox, and refused (LD225) where that is weak, unless you `trust_network`.
     """
+    if network is not None and not isinstance(network, NetworkCode):
+        network = read_network(network, network_args, trusted=trust_network)
     said = Said(
         architecture=architecture,
         layers=layers,
@@ -88,6 +98,7 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
         std=std,
         value_range=value_range,
         key=key,
+        network=network,
     )
     return open_model(Path(path), said).model
 
@@ -120,7 +131,10 @@ def open_networks(
     started = time.monotonic()
     with opened(path) as source:
         source.check()
-        if source.kind is Format.SAFETENSORS:
+        if said.network is not None:
+            found, tier = own_networks(source, said, progress, limits=_limits(source.size))
+            where = f"in the sandbox ({tier}), with {said.network.file}:{said.network.name}"
+        elif source.kind is Format.SAFETENSORS:
             found, where = _from_safetensors(source, said), HERE
         else:
             parcel = server.run(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from unhorse.loading.origins import Origin, Origins
 from unhorse.loading.peepholes import Found, layer_of
 from unhorse.loading.traced_values import (
     Batch,
@@ -20,6 +21,7 @@ from unhorse.loading.traced_values import (
     merge,
     own,
     plain,
+    renumbered,
 )
 from unhorse.models.graph import OPERATORS
 from unhorse.models.graph_values import number_value
@@ -37,12 +39,16 @@ _FILLING = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_ful
 
 
 class Traced(NamedTuple):
-    """A graph and its tensors, as GraphNetwork loads them; `cut` names what came after the logits."""
+    """A graph and its tensors, as GraphNetwork loads them; `cut` names what came after the logits.
+
+    `origins` says of tensors that were computed from others how.
+    """
 
     graph: dict[str, Any]
     tensors: dict[str, Tensor]
     num_classes: int
     cut: str = ""
+    origins: Mapping[str, Origin] = {}
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -74,6 +80,7 @@ class GraphWriter:
         self.constants: dict[int, Constant] = {}
         self.names: dict[int, str] = {}
         self.layers: dict[tuple[Any, ...], int] = {}
+        self.origins = Origins(self._write)
 
     @torch.no_grad()
     def traced(self) -> Traced:
@@ -91,7 +98,7 @@ class GraphWriter:
                 self._call(node, [(other.args, other.kwargs) for other in together])
             elif node.op == "output":
                 self._finish(node.args[0])
-        return _assembled(self.made)
+        return _assembled(self.made, self.origins)
 
     def _call(self, node: fx.Node, calls: Sequence[tuple[Any, Any]]) -> None:
         name, in_place = _operator(node)
@@ -109,6 +116,7 @@ class GraphWriter:
         example = _run(name, examples(arguments, self.sizes[0]), examples(options, self.sizes[0]))
         dynamic = leaves(arguments) + leaves(options)
         if not any(isinstance(leaf, Value | Batch) for leaf in dynamic):
+            self.origins.add(name, arguments, options, example)
             self._store(node, Constant(example), in_place)
             return
         if name in ("to", "_to_copy"):
@@ -250,7 +258,7 @@ def _squashes(node: Mapping[str, Any]) -> bool:
     return name == "sigmoid" or (name.endswith("softmax") and node["args"][1] in (1, -1))
 
 
-def _assembled(written: Draft) -> Traced:
+def _assembled(written: Draft, known: Origins) -> Traced:
     """Numbers the nodes that the output needs, and leaves the others out."""
     needed: set[int] = set()
     waiting = [written.output]
@@ -261,18 +269,24 @@ def _assembled(written: Draft) -> Traced:
             if "use" in written.nodes[index]:
                 waiting.append({"node": written.nodes[index]["use"]})
     numbers = {old: new for new, old in enumerate(sorted(needed))}
-    nodes = [_renumbered(written.nodes[old], numbers) for old in sorted(needed)]
-    tensors, listed = {}, {}
+    nodes = [renumbered(written.nodes[old], numbers) for old in sorted(needed)]
+    tensors, listed, origins = {}, {}, {}
     named = _references(nodes, "tensor")
     for name, tensor in written.tensors.items():
         kind, index, weight = name.split(".")
         if kind == "layers" and int(index) in numbers:
-            tensors[f"layers.{numbers[int(index)]}.{weight}"] = own(tensor)
+            place = f"layers.{numbers[int(index)]}.{weight}"
         elif kind == "constants" and weight in named:
-            tensors[f"constants.value_{weight}"] = kept = own(tensor)
+            place = f"constants.value_{weight}"
+        else:
+            continue
+        tensors[place] = kept = own(tensor)
+        if kind == "constants":
             listed[weight] = [str(kept.dtype).removeprefix("torch."), list(kept.shape)]
-    graph = {"nodes": nodes, "output": _renumbered(written.output, numbers), "tensors": listed}
-    return Traced(graph, tensors, written.num_classes, written.cut)
+        if (origin := known.of(tensor)) is not None:
+            origins[place] = origin
+    graph = {"nodes": nodes, "output": renumbered(written.output, numbers), "tensors": listed}
+    return Traced(graph, tensors, written.num_classes, written.cut, origins)
 
 
 def _references(value: Any, kind: str) -> set[Any]:
@@ -282,12 +296,3 @@ def _references(value: Any, kind: str) -> set[Any]:
             return {value[kind]}
         value = list(value.values())
     return set().union(*(_references(item, kind) for item in value)) if isinstance(value, list) else set()
-
-
-def _renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
-    if isinstance(value, dict):
-        return {
-            name: numbers[item] if name in ("node", "use") else _renumbered(item, numbers)
-            for name, item in value.items()
-        }
-    return [_renumbered(item, numbers) for item in value] if isinstance(value, list) else value

@@ -85,3 +85,13 @@ def plain(tensor: Any) -> Any:
 def own(tensor: Tensor) -> Tensor:
     tensor = tensor.float() if tensor.is_floating_point() else tensor
     return tensor.detach().clone(memory_format=torch.contiguous_format)
+
+
+def renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
+    """A value whose nodes have the numbers that `numbers` gives them."""
+    if isinstance(value, dict):
+        return {
+            name: numbers[item] if name in ("node", "use") else renumbered(item, numbers)
+            for name, item in value.items()
+        }
+    return [renumbered(item, numbers) for item in value] if isinstance(value, list) else value

@@ -40,12 +40,12 @@ _adaptive_avg_pool2d _convolution _log_softmax _native_batch_norm_legit_no_train
 _scaled_dot_product_flash_attention_for_cpu _softmax abs adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_max_pool2d add addcdiv addcmul addmm amax amin arange argmax atan avg_pool1d avg_pool2d baddbmm
 batch_norm bitwise_and bmm cat ceil celu channel_shuffle chunk clamp clamp_max clamp_min concat
-constant_pad_nd conv1d conv2d conv_transpose2d convolution copysign cos cumsum div divide einsum elu
+constant_pad_nd conv1d conv2d conv_transpose2d convolution copysign cos cumsum div divide dot einsum elu
 embedding eq erf exp expand expand_as eye flatten flip floor floor_divide fmod full full_like gather ge
 gelu getitem glu group_norm gt hardshrink hardsigmoid hardswish hardtanh hstack index index_put
 index_select instance_norm layer_norm le leaky_relu linalg_vector_norm linear linspace log log10 log1p
 log2 log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt masked_fill matmul max
-max_pool1d max_pool2d max_pool2d_with_indices maximum mean min minimum mish mm movedim mul multiply
+max_pool1d max_pool2d max_pool2d_with_indices maximum mean min minimum mish mm movedim mul multiply mv
 narrow native_batch_norm native_group_norm native_layer_norm ne neg negative new_full new_ones new_zeros
 norm numpy_T ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal
 reflection_pad2d relu relu6 remainder repeat repeat_interleave replication_pad2d reshape reshape_as
@@ -53,7 +53,7 @@ rms_norm roll rsqrt rsub scalar_tensor scaled_dot_product_attention select selu 
 softmax softplus softshrink softsign split split_with_sizes sqrt square squeeze stack std sub subtract
 sum swapaxes swapdims t tanh tensor_split threshold tile to transpose tril triu true_divide type_as
 unbind unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean
-view_as vstack where zeros zeros_like
+vdot view_as vstack where zeros zeros_like
 """
 OPERATORS = frozenset(_OPERATORS_LISTED.split())
 """Of torch.ops.aten: pure, without randomness, files, uninitialised memory or views of raw storage."""
@@ -197,6 +197,28 @@ def check_sizes(network: nn.Module, image_shape: Sequence[int], num_classes: int
             raise ValueError(
                 f"the graph answers a batch of {count} with shape {found}, not {num_classes} logits"
             )
+
+
+@torch.no_grad()
+def computed(nodes: Sequence[Mapping[str, Any]], output: object, tensors: Sequence[Tensor]) -> Tensor:
+    """What nodes make of the tensors t0, t1 ..., without an image: ValueError as for a network, or where a
+    tensor on the way has more than MAX_ELEMENTS.
+    """
+    listed = {
+        f"t{index}": [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+        for index, tensor in enumerate(tensors)
+    }
+    graph = {"nodes": list(nodes), "output": output, "tensors": listed}
+    with torch.device("meta"):
+        network = GraphNetwork(0, (), graph=graph)
+    with _Capped():
+        network(torch.empty(1, 0, 0, 0, device="meta"))
+    state = {f"constants.value_t{index}": tensor for index, tensor in enumerate(tensors)}
+    network.load_state_dict(state, strict=True, assign=True)
+    found = network(torch.empty(1, 0, 0, 0))
+    if not isinstance(found, Tensor):
+        raise ValueError("the nodes make no tensor")
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 class _Capped(TorchDispatchMode):

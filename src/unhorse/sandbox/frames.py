@@ -19,6 +19,11 @@ TIER, PROGRESS, DOCUMENT, BLOB, FAILURE = b"T", b"P", b"D", b"B", b"E"
 MAX_FILES = 240  # of a request: the kernel hands over 253 at a time
 LENGTH = struct.Struct("<Q")  # of a request, before its JSON
 _HEADER = struct.Struct("<cQ")
+MEMORY_WORDS = (
+    *("can't allocate memory", "bad_alloc", "Cannot allocate memory", "failed to map segment"),
+    "can't start new thread",
+)
+"""In the text of an exception: memory ran out."""
 _SHORT, _ALL_PROGRESS = 4096, 2**20
 _RULE = re.compile(r"LD\d{3}")
 

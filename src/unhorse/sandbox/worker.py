@@ -33,10 +33,6 @@ STARTED = b"S"
 _ORPHAN_CHECK_MS = 2000
 # libraries import these if they are there, which takes time, wants a cache to write to, or breaks
 _UNWANTED = ("matplotlib", "torchvision", "tensorflow", "jax")
-_MEMORY_WORDS = (
-    *("can't allocate memory", "bad_alloc", "Cannot allocate memory", "failed to map segment"),
-    "can't start new thread",
-)
 
 
 def main() -> None:
@@ -169,6 +165,7 @@ def _live(connection: socket.socket, tasks: Mapping[str, Task], readable: Iterab
         tier = restrict(limits, keep={0, 1, 2, answer, *files}, readable=readable)
         if os.getppid() == server:  # or else it died before it could take this process along
             frames.send(answer, frames.TIER, tier.encode())
+            request["options"]["tier"] = str(tier)
             _answer(answer, tasks, request, [os.fdopen(descriptor, "rb") for descriptor in files])
         os._exit(0)
     finally:
@@ -215,7 +212,7 @@ def _failure(error: BaseException) -> dict[str, dict[str, str]]:
         return {"refused": {"rule": error.rule, "reason": error.reason, "remedy": error.remedy}}
     if isinstance(error, LoadFailed):
         return {"failed": {"reason": error.reason, "remedy": error.remedy}}
-    if isinstance(error, MemoryError) or any(word in str(error) for word in _MEMORY_WORDS):
+    if isinstance(error, MemoryError) or any(word in str(error) for word in frames.MEMORY_WORDS):
         return {"memory": {}}
     line = (str(error).splitlines() or [""])[0][:200]
     return {"failed": {"reason": f"{type(error).__name__}: {line}", "remedy": "download or export it again"}}
