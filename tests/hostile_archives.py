@@ -40,7 +40,7 @@ def _add_safetensors(corpus: Corpus) -> None:
         ("shape-of-10-18", {"a": entry(0, 8, [10**9, 10**9])}, bytes(8)),
         ("shape-beyond-64-bits", {"a": entry(0, 8, [2**62, 4, 2])}, bytes(8)),
         ("rank-1000", {"a": entry(0, 8, [1] * 1000 + [2])}, bytes(8)),
-        ("unknown-type", {"a": entry(0, 8, [2], "F8_E4M3")}, bytes(8)),
+        ("unknown-type", {"a": entry(0, 8, [2], "F9")}, bytes(8)),
         ("type-is-a-list", {"a": entry(0, 8, [2], ["F32"])}, bytes(8)),
         ("tensor-is-a-number", {"a": 3}, bytes(8)),
         ("field-too-many", {"a": {**entry(0, 8), "strides": [0]}}, bytes(8)),

@@ -232,21 +232,29 @@ class Reduced:
         return os.system, (self.command,)
 
 
+_RULES = {
+    **dict.fromkeys(("second-pickle-behind", "bytes-behind"), "LD213"),
+    **dict.fromkeys(("no-stop", "truncated"), "LD230"),
+    **dict.fromkeys(("build-with-setstate", "rebuild-parameter-with-state"), "LD209"),
+}
+"""By which rule a pickle is refused that runs nothing by itself; LD205 otherwise."""
+
+
 def fill(corpus: Corpus) -> None:
     """Adds the hostile pickles to the corpus."""
     for name, gadget in gadgets().items():
-        rule = "LD205"
+        rule = _RULES.get(name, "LD205")
         corpus.add(f"torch/{name}", rule, lambda harm, g=gadget: torch_zip(state(tensor(), g(harm))))
     for name, made in opcodes().items():
         whole_pickle = made if callable(made) else (lambda harm, m=made: m)
-        rule = "LD213" if name in ("second-pickle-behind", "bytes-behind") else "LD205"
+        rule = _RULES.get(name, "LD205")
         corpus.add(f"torch/opcode-{name}", rule, lambda harm, m=whole_pickle: torch_zip(m(harm)))
     for name in ("os-system", "builtins-exec", "webbrowser-open", "nested-pickle"):
         gadget = gadgets()[name]
-        corpus.add(f"pickle/bare-{name}", "LD201", lambda harm, g=gadget: two(g(harm)))
+        corpus.add(f"pickle/bare-{name}", "LD205", lambda harm, g=gadget: two(g(harm)))
     for name in ("protocol-0", "protocol-1", "protocol-3", "protocol-4-framed", "protocol-5"):
         made = opcodes()[name]
-        corpus.add(f"pickle/bare-{name}", "LD201", made)
+        corpus.add(f"pickle/bare-{name}", "LD205", made)
     _add_loads(corpus)
     _add_containers(corpus)
 
@@ -260,7 +268,7 @@ def _add_loads(corpus: Corpus) -> None:
         ("claims-more-than-storage", "LD230", [tensor((2, 400), (400, 1))]),
         ("storage-longer-than-its-member", "LD230", [tensor((2, 400), (400, 1), count=800)]),
         ("negative-sizes", "LD230", [tensor((-2, 4))]),
-        ("complex", "LD205", [tensor(kind="ComplexFloatStorage")]),
+        ("complex", "LD209", [tensor(kind="ComplexFloatStorage")]),
         ("not-a-dictionary", "LD209", [whole(3)]),
         ("text-among-the-tensors", "LD209", [tensor(), text("no tensor")]),
     ):
@@ -276,8 +284,9 @@ def _add_loads(corpus: Corpus) -> None:
     nested = b"]" * 2_000 + b"a" * 1_999
     corpus.add("torch/lists-2000-deep", "LD209", torch_zip(two(nested)), caught="load")
     corpus.add("torch/laughs", "LD209", torch_zip(two(b"](NNe" + b"q\0](h\0h\0e" * 60)), caught="load")
-    corpus.add("torch/meta-tensor", "LD205", lambda harm: saved(torch.empty(10**6, 10**6, device="meta")))
-    corpus.add("torch/sparse-tensor", "LD205", lambda harm: saved(torch.eye(3).to_sparse()))
+    meta = torch.empty(10**6, 10**6, device="meta")
+    corpus.add("torch/meta-tensor", "LD206", lambda harm: saved(meta), caught="load")
+    corpus.add("torch/sparse-tensor", "LD209", lambda harm: saved(torch.eye(3).to_sparse()), caught="load")
     corpus.add("torch/fifo", "LD223", Folder("model", {"model": Fifo()}), caught="open")
     target = Folder("model", {"model": Link("real"), "real": torch_zip(state(tensor()))})
     corpus.add("torch/symbolic-link", "LD223", target, caught="open")
@@ -318,18 +327,18 @@ def _add_containers(corpus: Corpus) -> None:
     corpus.add("pickle/torch-legacy-of-tensors", "LD209", bare, caught="load")
     corpus.add("pickle/torch-legacy-cut", "LD230", bare[:60])
     corpus.add("pickle/tar", "LD201", tar)
-    corpus.add("pickle/numpy-object-array", "LD201", lambda harm: b"\x93NUMPY\x01\0" + two(system(harm)))
-    corpus.add("pickle/npz", "LD201", npz)
-    corpus.add("pickle/joblib-zlib", "LD201", lambda harm: zlib.compress(two(system(harm))))
-    corpus.add("pickle/joblib-gzip", "LD201", lambda harm: b"\x1f\x8b\x08\0" + two(system(harm)))
+    corpus.add("pickle/numpy-object-array", "LD205", lambda harm: b"\x93NUMPY\x01\0" + two(system(harm)))
+    corpus.add("pickle/npz", "LD205", npz)
+    corpus.add("pickle/joblib-zlib", "LD205", lambda harm: zlib.compress(two(system(harm))))
+    corpus.add("pickle/joblib-gzip", "LD230", lambda harm: b"\x1f\x8b\x08\0" + two(system(harm)))
     package = [Piece("m/.data/extern_modules", b""), Piece("m/code.py", b"import os")]
     corpus.add("pickle/torch-package", "LD201", zipped(*package, Piece("m/.data/version", b"6")))
     serve = [Piece("MAR-INF/MANIFEST.json", b"{}"), Piece("handler.py", b"import os")]
     corpus.add("pickle/torchserve-mar", "LD201", zipped(*serve))
     saved_model = zipped(Piece("saved_model/saved_model.pb", b"\x08\x01\x12\x00"))
-    corpus.add("pickle/zipped-saved-model", "LD201", saved_model)
-    corpus.add("pickle/saved-model", "LD201", b"\x08\x01\x12\x80\x01" + bytes(200))
-    corpus.add("pickle/gguf", "LD201", b"GGUF\x03\0\0\0" + bytes(200))
+    corpus.add("pickle/zipped-saved-model", "LD235", saved_model)
+    corpus.add("pickle/saved-model", "LD235", b"\x08\x01\x12\x80\x01" + bytes(200))
+    corpus.add("pickle/gguf", "LD235", b"GGUF\x03\0\0\0" + bytes(200))
     corpus.add("pickle/and-zip", "LD213", lambda harm: two(system(harm)) + torch_zip(state(tensor())))
     corpus.add("pickle/seven-zip", "LD201", b"7z\xbc\xaf\x27\x1c" + bytes(100))
     corpus.add("pickle/elf", "LD202", b"\x7fELF\x02\x01\x01" + bytes(200))

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 ALPHA, ENOUGH = 0.05, 19
 """A reference group of ENOUGH models decides by its p-value, as metrics.judge does; fewer leave it to the
 threshold."""
-_ASSUMED = re.compile(r"(MD3\d\d|LD22[56])\s+(.*)", re.DOTALL)
+_ASSUMED = re.compile(r"(MD3\d\d|LD22[56]|LD23[67])\s+(.*)", re.DOTALL)
+REMARKS = {"LD225", "LD226", "LD236", "LD237"}
+"""Findings of a file that was opened all the same."""
 _SUBJECT = re.compile(r"(.{1,60}?) (?:assumed|absent|cut off)")
 
 
@@ -49,7 +51,7 @@ def worst(model: ScannedModel) -> Severity:
 
 def incomplete(model: ScannedModel) -> bool:
     """Whether the model was not judged or not opened, and nobody said that this does not matter."""
-    noted = set() if model.error else {"LD225", "LD226"}  # of a network that was opened
+    noted = set() if model.error else REMARKS
     return any(
         finding.rule in ("BD103", "BD104")
         or (finding.rule.startswith("LD") and finding.rule not in noted and model.result is None)

@@ -93,7 +93,7 @@ def _described(seen: ScannedModel, facts: Facts, tier: str) -> ScannedModel:
         architecture=_contents(facts),
         image_shape=() if None in shape else tuple(size or 0 for size in shape),
         class_names=facts.class_names or (),
-        assumptions=() if facts.mean else (_NO_MEAN,),
+        assumptions=(*(() if facts.mean else (_NO_MEAN,)), *facts.notes),
     )
 
 

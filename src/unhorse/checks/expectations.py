@@ -14,7 +14,7 @@ class Facts:
     """What the file says, as hostile text and numbers: nothing in it has been compared with the network.
 
     `image_shape` is (c, h, w), None where the file leaves a size open; `mean` and `std` are for pixels
-    in 0..1.
+    in 0..1. `notes` are sentences for the report, each behind the id of its rule.
     """
 
     image_shape: Sides | None = None
@@ -25,6 +25,7 @@ class Facts:
     producer: str = ""
     operators: tuple[str, ...] = ()
     extra: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """A document of plain JSON values, from which `from_json` makes equal Facts."""
@@ -43,6 +44,7 @@ class Facts:
                 class_names=_texts(document.get("class_names")),
                 producer=_exactly(document.get("producer", ""), str),
                 operators=_texts(document.get("operators", ())) or (),
+                notes=_texts(document.get("notes", ())) or (),
                 extra={
                     _exactly(key, str): _exactly(value, str)
                     for key, value in document.get("extra", {}).items()

@@ -8,10 +8,12 @@ from dataclasses import replace
 from typing import Any, BinaryIO
 
 from unhorse.checks import weight_files
+from unhorse.checks.carriers import check_carrier
 from unhorse.checks.expectations import Facts
 from unhorse.checks.exported_programs import check_exported_program
 from unhorse.checks.huggingface import CONFIG, check_huggingface
 from unhorse.checks.keras_files import check_keras_archive, check_keras_hdf5
+from unhorse.checks.kinds import LOOKED_INTO
 from unhorse.checks.old_torch_files import check_old_torch
 from unhorse.checks.onnx_files import check_onnx
 from unhorse.checks.sniff import Format, refusal, sniff
@@ -41,6 +43,8 @@ def check(stream: BinaryIO, kind: Format, beside: Mapping[str, BinaryIO], name: 
         raise LoadRefused("LD208", f"{name} has more than 4 GiB", weight_files.EXPORT_REMEDY)
     stream.seek(0)
     try:
+        if kind in LOOKED_INTO:
+            check_carrier(stream, kind, name)
         facts = check_onnx(stream, beside) if kind is Format.ONNX else _CHECKS[kind](stream)
         if CONFIG in beside:
             facts = _together(facts, check_huggingface(beside))
@@ -67,7 +71,8 @@ def check_task(files: Sequence[BinaryIO], options: Mapping[str, Any]) -> tuple[d
 
 def _together(weights: Facts, folder: Facts) -> Facts:
     """What the folder says, and beside it what the weights say of themselves."""
-    return replace(folder, operators=weights.operators, extra={**weights.extra, **folder.extra})
+    extra = {**weights.extra, **folder.extra}
+    return replace(folder, operators=weights.operators, extra=extra, notes=weights.notes)
 
 
 def _first_line(error: BaseException) -> str:

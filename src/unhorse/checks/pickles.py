@@ -1,45 +1,39 @@
-"""Pickles read opcode by opcode, never run: which globals they name, and whether they stay within limits."""
+"""Pickles read opcode by opcode, never run: refused for what they name, or for what they are."""
 
 from __future__ import annotations
 
 import io
-import pickletools
+import logging
 from collections.abc import Callable
 
 from picklescan.scanner import scan_pickle_bytes
 
-from unhorse.rules import LoadRefused
+from unhorse.checks import pickle_names
+from unhorse.checks.pickle_globals import Contents, contents
+from unhorse.checks.pickle_machine import follow
+from unhorse.checks.pickle_names import Danger
+from unhorse.checks.pickle_opcodes import MAX_OPCODES
+from unhorse.checks.pickle_values import Global, Reading
+from unhorse.rules import LoadFailed, LoadRefused
 
-MAX_OPCODES = 1_000_000
-MAX_STACK = 10_000
-MAX_MEMO = 300_000
+__all__ = ["MAX_OPCODES", "check_checkpoint", "check_pickle", "check_whole_pickle", "is_plain", "is_scripted"]
 
 PICKLE_REMEDY = "export the weights with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+_MODULE_REMEDY = (
+    "give the Python file that defines the network with --network FILE.py:NAME, or save model.state_dict()"
+)
+MAX_PICKLE_BYTES = 512 * 2**20
 
-# What torch.save and torch.jit.save write. Absent on purpose: STACK_GLOBAL, INST, OBJ, NEWOBJ_EX, EXT1-4 and
-# PERSID, with which a name or a call is put together out of sight of a reader of opcodes.
-_OPCODES = {
+# What torch.jit.save writes, always at protocol 2
+_SCRIPT_OPCODES = {
     *("PROTO", "STOP", "MARK", "POP", "GLOBAL", "NEWOBJ", "REDUCE", "BUILD", "BINPERSID"),
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
     *("BINUNICODE", "SHORT_BINSTRING", "BINSTRING", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"),
     *("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
     *("BINGET", "LONG_BINGET", "BINPUT", "LONG_BINPUT"),
 }
-_DTYPES = {
-    *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"),
-    *("uint16", "uint32", "uint64", "complex64", "complex128", "float8_e4m3fn", "float8_e5m2"),
-}
-_STORAGES = {
-    f"{kind}Storage"
-    for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-}
-_PLAIN = {
-    *(("torch", name) for name in {"Size", "device", "Tensor"} | _DTYPES | _STORAGES),
-    *(("torch._utils", name) for name in ("_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_parameter")),
-    *(("torch.storage", name) for name in ("TypedStorage", "UntypedStorage")),
-    *(("collections", name) for name in ("OrderedDict", "Counter")),
-    ("torch.nn.parameter", "Parameter"),
-}
+# What no pickler of Python 3 writes into a file of torch.save, at any protocol
+_STRANGE = {"INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 _SCRIPT_BUILDERS = {
     *("build_intlist", "build_doublelist", "build_boollist", "build_tensorlist", "restore_type_tag"),
 }
@@ -49,7 +43,7 @@ Allowed = Callable[[str, str], bool]
 
 def is_plain(module: str, name: str) -> bool:
     """Whether a global is one that a state dict needs: tensors, storages, types and plain containers."""
-    return (module, name) in _PLAIN
+    return name in pickle_names.PLAIN.get(module, ())
 
 
 def is_scripted(module: str, name: str) -> bool:
@@ -58,71 +52,144 @@ def is_scripted(module: str, name: str) -> bool:
     return own or is_plain(module, name) or (module == "torch.jit._pickle" and name in _SCRIPT_BUILDERS)
 
 
-def check_pickle(
-    pickled: bytes, allowed: Allowed = is_plain, *, where: str = "data.pkl"
-) -> set[tuple[str, str]]:
-    """The globals that a pickle names, all of them `allowed`; LD205 otherwise, or beyond our limits."""
-    names = _globals(pickled, where)
-    for module, name in sorted(names):
-        if not allowed(module, name):
-            raise refused(f"the pickle in the file calls {module}.{name}", where)
-    # a second reader with a list of its own: what only one of the two finds is refused as well
-    second = scan_pickle_bytes(io.BytesIO(pickled), where, strict=True)
-    if second.scan_err or any(not allowed(found.module, found.name) for found in second.globals):
+def check_pickle(pickled: bytes, allowed: Allowed, *, where: str = "data.pkl") -> None:
+    """Raises LD205 unless a pickle of TorchScript or of a .pt2 archive names only what is `allowed`."""
+    reading = follow(pickled)
+    for name in sorted(reading.uses):
+        if not allowed(*name):
+            raise refused(f"the pickle in the file {contents(reading).named(name)}", where)
+    if strange := sorted(reading.opcodes - _SCRIPT_OPCODES):
+        raise refused(f"the pickle uses {strange[0]}, which PyTorch does not write here", where)
+    if reading.protocol != 2:
+        raise refused("the pickle is not of protocol 2, which PyTorch writes here", where)
+    _check_end(reading, pickled, where)
+    _check_again(pickled, reading, where)
+
+
+def check_checkpoint(
+    pickled: bytes, *, where: str = "data.pkl", start: int = 0, last: bool = True
+) -> Contents:
+    """What a pickle of torch.save names, all of it needed by weights or a plain value beside them.
+
+    LD205 where it names what runs code, LD240 where it calls a function on no list, LD209 where it holds
+    objects of other classes, LD230 where it is cut off. With `last` nothing may follow it.
+    """
+    reading = follow(pickled, start)
+    found = contents(reading)
+    if found.worst is Danger.HIGH:
+        raise refused(f"the pickle in the file {found.said(Danger.HIGH)}", where)
+    if strange := sorted(reading.opcodes & _STRANGE):
+        raise refused(f"the pickle uses {strange[0]}, which torch.save never does", where)
+    if any(not _is_storage(key) for key in reading.persistent):
+        raise refused("the pickle asks its reader for something else than the data of a tensor", where)
+    if reading.odd:
+        raise refused(f"the pickle in the file is not one of a pickler: {reading.odd}", where)
+    _check_end(reading, pickled if last else None, where)
+    _check_again(pickled[start : reading.end], reading, where)
+    if found.worst is Danger.CALL:
+        raise unknown_call(found, where)
+    if found.worst > Danger.VALUE:
+        raise _not_a_state_dict(found)
+    return found
+
+
+def check_whole_pickle(data: bytes, name: str, kind: str) -> None:
+    """Raises for the pickles that fill a file: LD205, LD240, LD230, or LD201 for a harmless one.
+
+    It is read twice where it is joblib's, whose arrays stand between the opcodes: as joblib and as Python do.
+    """
+    found = whole_contents(data)
+    if found.worst is Danger.HIGH:
+        raise refused(f"the pickle {found.said(Danger.HIGH)}", name)
+    if found.worst is Danger.CALL:
+        raise unknown_call(found, name)
+    if found.reading.cut:
+        raise LoadFailed(f"{name} is a pickle that is cut off ({found.reading.problem})")
+    if found.reading.problem:
+        raise LoadFailed(f"{name} is a damaged pickle ({found.reading.problem})")
+    if modules := found.modules():
+        what = f"{name} is a pickled network, {modules[0]}, which unhorse does not open"
+        raise LoadRefused("LD201", f"{what}{_inside(found)}", _MODULE_REMEDY)
+    raise LoadRefused(
+        "LD201", f"{name} is {kind}, which unhorse does not open{_inside(found)}", PICKLE_REMEDY
+    )
+
+
+def whole_contents(data: bytes) -> Contents:
+    """What all pickles of a file name, one behind the other; the reading is of the first."""
+    first = follow(data)
+    readings, end = [first], first.end
+    while not readings[-1].problem and end < len(data) and len(readings) < 100:
+        end += len(data[end : end + 4096]) - len(data[end : end + 4096].lstrip(b"\0 \r\n\t"))  # padding
+        following = follow(data, end)
+        if following.problem and not following.uses:
+            break  # other bytes than a pickle: padding, or the data of the tensors
+        readings.append(following)
+        end = max(following.end, end + 1)
+    if any(name.name == "NumpyArrayWrapper" for name in first.uses):
+        joblib = follow(data, arrays=True)
+        joblib.take_over(first)
+        readings[0] = first = joblib
+    for following in readings[1:]:
+        first.take_over(following)
+    return _with_second_opinion(data, contents(first))
+
+
+def _with_second_opinion(data: bytes, found: Contents) -> Contents:
+    """With what picklescan finds dangerous in the bytes and we do not know, or did not see at all."""
+    logging.getLogger("picklescan").setLevel(logging.CRITICAL)
+    second = scan_pickle_bytes(io.BytesIO(data), "", strict=False)
+    dangers = dict(found.dangers)
+    for seen in second.globals:
+        name = Global(seen.module, seen.name)
+        known = dangers.get(name, Danger.UNKNOWN if "unknown" not in name else Danger.PLAIN)
+        if seen.safety.value == "dangerous" and known >= Danger.UNKNOWN:
+            dangers[name] = Danger.HIGH
+    return Contents(dangers, found.reading, found.called)
+
+
+def left_out(found: Contents) -> tuple[str, ...]:
+    """A note on the values beside the weights, which are left out; none where there are none."""
+    if not found.of(Danger.VALUE):
+        return ()
+    return (f"LD236 values beside the weights left out: {found.listed(Danger.VALUE)}; the weights are read",)
+
+
+def _check_end(reading: Reading, pickled: bytes | None, where: str) -> None:
+    """Raises where a pickle does not end as it should."""
+    if reading.cut:
+        raise LoadFailed(f"the pickle in the file is cut off ({reading.problem})")
+    if reading.problem:
+        raise refused(f"the pickle in the file cannot be read ({reading.problem})", where)
+    if pickled is not None and reading.end != len(pickled):
+        raise LoadRefused("LD213", f"bytes follow the end of the pickle {where}", PICKLE_REMEDY)
+
+
+def _check_again(pickled: bytes, reading: Reading, where: str) -> None:
+    """Raises where picklescan, a reader of other authors, sees a name that we did not."""
+    logging.getLogger("picklescan").setLevel(logging.CRITICAL)
+    second = scan_pickle_bytes(io.BytesIO(pickled), where, multiple_pickles=False, strict=True)
+    if second.scan_err or any((found.module, found.name) not in reading.uses for found in second.globals):
         raise refused("the pickle in the file cannot be read in only one way", where)
-    return names
 
 
-def _globals(pickled: bytes, where: str) -> set[tuple[str, str]]:
-    names: set[tuple[str, str]] = set()
-    stack = _Stack()
-    try:
-        for count, (opcode, argument, place) in enumerate(pickletools.genops(pickled)):
-            if count >= MAX_OPCODES:
-                raise refused(f"the pickle has more than {MAX_OPCODES} operations", where)
-            if opcode.name not in _OPCODES:
-                raise refused(f"the pickle uses {opcode.name}, which torch.save never does", where)
-            if opcode.name == "GLOBAL" and isinstance(argument, str):
-                module, _, name = argument.partition(" ")
-                names.add((module, name))
-            if opcode.name == "PROTO" and (argument != 2 or place != 0):
-                raise refused("the pickle is not of protocol 2, which torch.save writes", where)
-            stack.apply(opcode)
-            if opcode.name == "STOP" and place != len(pickled) - 1:
-                raise LoadRefused("LD213", f"bytes follow the end of the pickle {where}", PICKLE_REMEDY)
-    except LoadRefused:
-        raise
-    except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError) as error:
-        raise refused(f"the pickle in the file cannot be read ({_first_line(error)})", where) from error
-    return names
+def _is_storage(key: object) -> bool:
+    return isinstance(key, tuple) and bool(key) and key[0] == "storage"
 
 
-class _Stack:
-    """How deep an unpickler's stack and memo would be, without the values."""
+def _not_a_state_dict(found: Contents) -> LoadRefused:
+    """The refusal of objects of other classes: LD209, with a pickled network named as such."""
+    if modules := found.modules():
+        what = f"the file holds a whole pickled network, {modules[0]}, not a state dict"
+        return LoadRefused("LD209", f"{what}{_inside(found)}", _MODULE_REMEDY)
+    what = f"the file holds more than tensors and plain values{_inside(found)}"
+    return LoadRefused("LD209", what, PICKLE_REMEDY)
 
-    def __init__(self) -> None:
-        self.depths = [0]  # one for each open mark
-        self.memo = 0
 
-    def apply(self, opcode: pickletools.OpcodeInfo) -> None:
-        before = opcode.stack_before
-        if opcode.name == "MARK":
-            self.depths.append(0)
-        elif pickletools.markobject in before:
-            below = before.index(pickletools.markobject)
-            if len(self.depths) < 2:
-                raise ValueError("a list ends that never began")
-            self.depths.pop()
-            self.depths[-1] += len(opcode.stack_after) - below
-        elif not (opcode.name == "POP" and self.depths[-1] == 0):
-            self.depths[-1] += len(opcode.stack_after) - len(before)
-            if self.depths[-1] < 0 or (before and self.depths[-1] < len(opcode.stack_after)):
-                raise ValueError("the stack is empty")
-        else:
-            raise ValueError("the stack is empty")
-        self.memo += opcode.name in ("BINPUT", "LONG_BINPUT")
-        if self.memo > MAX_MEMO or len(self.depths) > MAX_STACK or self.depths[-1] > 10 * MAX_STACK:
-            raise ValueError("it is deeper than any model")
+def _inside(found: Contents) -> str:
+    """The classes of a pickle in words."""
+    names = [found.listed(danger) for danger in (Danger.UNKNOWN, Danger.MODEL) if found.of(danger)]
+    return f"; it names {', '.join(names)}" if names else ""
 
 
 def refused(what: str, where: str) -> LoadRefused:
@@ -130,5 +197,7 @@ def refused(what: str, where: str) -> LoadRefused:
     return LoadRefused("LD205", f"{what} ({where})" if where != "data.pkl" else what, PICKLE_REMEDY)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+def unknown_call(found: Contents, where: str) -> LoadRefused:
+    """The refusal of a pickle that calls a function on no list: LD240."""
+    what = f"the pickle in {where} {found.said(Danger.CALL)}, which unhorse does not know"
+    return LoadRefused("LD240", what, PICKLE_REMEDY)

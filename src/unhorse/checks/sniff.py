@@ -3,75 +3,29 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
 from typing import BinaryIO
 
-from unhorse.checks.old_torch_files import MAGIC
+from unhorse.checks.foreign_formats import foreign_format
+from unhorse.checks.kinds import EXPORT_REMEDY, OPENED, REMEDIES, Format, refusal
+from unhorse.checks.old_torch_files import MAGIC as TORCH_OLD
 from unhorse.checks.onnx_outline import is_onnx
+from unhorse.checks.pickle_start import is_pickle
 from unhorse.checks.zip_directory import archive_at_end, read_at, read_directory, stray
-from unhorse.rules import LoadFailed, LoadRefused
+from unhorse.rules import LoadFailed
 
+__all__ = ["EXPORT_REMEDY", "OPENED", "REMEDIES", "Format", "refusal", "sniff"]
 
-class Format(StrEnum):
-    """What a model file can be."""
-
-    SAFETENSORS = "safetensors"
-    TORCH_ZIP = "PyTorch state dict"
-    TORCH_OLD = "PyTorch state dict (before 1.6)"
-    TORCH_LEGACY_PICKLE = "pickle (a whole pickled model, or joblib)"
-    TORCHSCRIPT = "TorchScript"
-    PT2 = "torch.export archive"
-    ONNX = "ONNX"
-    KERAS_ZIP = "Keras"
-    HDF5 = "HDF5 (Keras before 3)"
-    TORCH_PACKAGE = "torch.package archive"
-    TORCHSERVE = "TorchServe archive"
-    NUMPY = "NumPy file"
-    SAVED_MODEL = "TensorFlow SavedModel"
-    GGUF = "GGUF"
-    TAR = "tar archive"
-    COMPRESSED = "compressed file (joblib, or an archive)"
-    BROKEN_ZIP = "zip archive without a readable directory"
-    UNKNOWN = "unknown"
-
-
-OPENED = (
-    *(Format.SAFETENSORS, Format.TORCH_ZIP, Format.TORCHSCRIPT, Format.PT2, Format.ONNX),
-    *(Format.KERAS_ZIP, Format.HDF5, Format.TORCH_OLD),
-)
-
-EXPORT_REMEDY = "export the weights with safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-_TRUSTED = "where you trust its author completely, load it on a machine without secrets and "
-REMEDIES = {
-    Format.TORCH_LEGACY_PICKLE: f"it runs code by design: {_TRUSTED}{EXPORT_REMEDY}",
-    Format.TORCH_PACKAGE: f"it carries its own code: {_TRUSTED}{EXPORT_REMEDY}",
-    Format.TORCHSERVE: "unpack the .mar archive and give the model file inside",
-    Format.NUMPY: "build the network in PyTorch and " + EXPORT_REMEDY,
-    Format.SAVED_MODEL: "run `python -m tf2onnx.convert --saved-model FOLDER --output model.onnx`",
-    Format.GGUF: "GGUF holds language models; unhorse scans image classifiers",
-    Format.TAR: "unpack it and give the model file inside; a tar that torch.save wrote before 0.2 runs code",
-    Format.COMPRESSED: "unpack it and give the model file inside; joblib files run code by design",
-    Format.UNKNOWN: "give a .safetensors, .pt, .pt2, .onnx, .keras or .h5 file, or a Hugging Face folder",
-}
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _MAGIC = {
     _HDF5: Format.HDF5,
-    MAGIC: Format.TORCH_OLD,
-    **{bytes([0x80, protocol]): Format.TORCH_LEGACY_PICKLE for protocol in range(1, 7)},
-    b"GGUF": Format.GGUF,
     b"\x93NUMPY": Format.NUMPY,
     **dict.fromkeys((b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"7z\xbc\xaf\x27\x1c", b"Rar!"), Format.COMPRESSED),
     **dict.fromkeys((b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"\x5d\0\0"), Format.COMPRESSED),
     **dict.fromkeys((b"\x78\x01", b"\x78\x5e", b"\x78\x9c", b"\x78\xda"), Format.COMPRESSED),
 }
-# protocols 0 and 1 have no magic: an empty container or mark, or a global on two lines
-_OLD_PICKLE = re.compile(
-    rb"\(?[()\]}]*(c[A-Za-z_][\w.]*\n[\w.]+\n|[(\]}][dltp(q]|i[a-z_][\w.]*\n\w+\n|[SVIF]['\w.-]+\n)"
-)
 
 
 def sniff(source: Path | BinaryIO) -> Format:
@@ -85,17 +39,6 @@ def sniff(source: Path | BinaryIO) -> Format:
     kind = _kind(source, read_at(source, 0, 512))
     source.seek(0)
     return kind
-
-
-def refusal(kind: Format, name: str) -> LoadRefused | LoadFailed | None:
-    """Why a file of this kind, called `name`, is not opened and what to do; None if it can be."""
-    if kind in OPENED:
-        return None
-    if kind is Format.BROKEN_ZIP:
-        return LoadFailed(f"{name} is a {kind}: it is truncated or damaged")
-    if kind is Format.UNKNOWN:
-        return LoadRefused("LD202", f"{name} is not a model file", REMEDIES[kind])
-    return LoadRefused("LD201", f"{name} is {kind}, which unhorse does not open", REMEDIES[kind])
 
 
 def _kind(stream: BinaryIO, head: bytes) -> Format:
@@ -123,11 +66,17 @@ def _plain_kind(head: bytes, stream: BinaryIO) -> Format:
     for magic, kind in _MAGIC.items():
         if head.startswith(magic):
             return kind
+    if TORCH_OLD.match(head):
+        return Format.TORCH_OLD
     if head[:1] == b"\x08" and len(head) > 2:
-        if head[1] == 1 and head[2] == 0x12:
+        if head[1] == 1 and head[2] == 0x12 and foreign_format(stream, head) is not Format.COREML:
             return Format.SAVED_MODEL
-        return Format.ONNX if head[1] <= 30 and is_onnx(stream) else Format.UNKNOWN
-    return Format.TORCH_LEGACY_PICKLE if _OLD_PICKLE.match(head) else Format.UNKNOWN
+        if head[1] <= 30 and is_onnx(stream):
+            return Format.ONNX
+    foreign = foreign_format(stream, head)
+    if foreign is Format.UNKNOWN and is_pickle(stream, head):
+        return Format.TORCH_LEGACY_PICKLE
+    return foreign
 
 
 def _has_user_block(stream: BinaryIO, size: int) -> bool:
@@ -160,8 +109,10 @@ def _signs(members: set[str], names: Iterable[str]) -> set[Format]:
         found.add(Format.TORCH_PACKAGE)
     elif "constants.pkl" in members or any(name.startswith("code/") for name in members):
         found.add(Format.TORCHSCRIPT)
-    elif "data.pkl" in members:
+    elif any("/" in name and name.partition("/")[2] == "data.pkl" for name in names):
         found.add(Format.TORCH_ZIP)
+    elif "data.pkl" in names:
+        found.add(Format.PICKLE_ZIP)
     if "MAR-INF/MANIFEST.json" in members:
         found.add(Format.TORCHSERVE)
     if "config.json" in names and "metadata.json" in names:
@@ -169,5 +120,5 @@ def _signs(members: set[str], names: Iterable[str]) -> set[Format]:
     if "saved_model.pb" in members:
         found.add(Format.SAVED_MODEL)
     if not found and names and all(name.endswith(".npy") for name in names):
-        found.add(Format.NUMPY)
+        found.add(Format.NUMPY_ZIP)
     return found

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from unhorse.checks import archives, pickles, zip_directory
 from unhorse.checks.expectations import Facts
+from unhorse.checks.metadata import remarks
 from unhorse.checks.sniff import EXPORT_REMEDY
 from unhorse.rules import LoadFailed, LoadRefused
 
@@ -22,8 +23,10 @@ _ITEM_BYTES = {
     **dict.fromkeys(("F64", "I64", "U64"), 8),
     **dict.fromkeys(("F32", "I32", "U32"), 4),
     **dict.fromkeys(("F16", "BF16", "I16", "U16"), 2),
-    **dict.fromkeys(("I8", "U8", "BOOL"), 1),
+    **dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1),
 }
+_NOT_READ = {"F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "C64"}
+"""Types of the format that classifiers do not use."""
 _TORCH_MEMBERS = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment"}
 
 
@@ -74,9 +77,7 @@ def _check_extents(header: Mapping[str, dict[str, Any]], payload: int) -> None:
             raise ValueError(f"tensor {name!r} has more or less than a type, a shape and a place")
         if not all(type(size) is int and size >= 0 for size in (*shape, begin, end)) or len(shape) > 8:
             raise ValueError(f"tensor {name!r} has sizes that are not counts")
-        if entry["dtype"] not in _ITEM_BYTES:
-            raise ValueError(f"tensor {name!r} has type {entry['dtype']!r}, which unhorse does not read")
-        if end - begin != math.prod(shape) * _ITEM_BYTES[entry["dtype"]]:
+        if end - begin != math.prod(shape) * _item_bytes(name, entry["dtype"]):
             raise ValueError(f"tensor {name!r} is not as long as its shape {shape} says")
         spans.append((begin, end))
     spans = [(0, 0), *sorted(spans)]
@@ -86,6 +87,16 @@ def _check_extents(header: Mapping[str, dict[str, Any]], payload: int) -> None:
         raise LoadFailed(f"the tensors need {spans[-1][1]} bytes and the file has {payload}: it is truncated")
     if spans[-1][1] < payload:
         raise ValueError(f"{payload - spans[-1][1]} bytes belong to no tensor")
+
+
+def _item_bytes(name: str, dtype: object) -> int:
+    """The bytes of one number; ValueError for a type that safetensors lacks, LD235 for one not read."""
+    what = f"tensor {name!r} has type {dtype!r}, which unhorse does not read"
+    if dtype in _NOT_READ:
+        raise LoadRefused("LD235", what, "save the weights as float32 or float16")
+    if dtype not in _ITEM_BYTES:
+        raise ValueError(what)
+    return _ITEM_BYTES[str(dtype)]
 
 
 def without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -102,7 +113,7 @@ def safetensors_facts(stream: BinaryIO) -> Facts:
     parameters = sum(math.prod(entry["shape"]) for entry in header.tensors.values())
     extra = {"tensors": str(len(header.tensors)), "parameters": str(parameters)}
     producer = "unhorse" if "unhorse" in header.metadata else header.metadata.get("format", "")
-    facts = Facts(producer=producer[:200], extra=extra)
+    facts = Facts(producer=producer[:200], extra=extra, notes=remarks(header.metadata))
     return _with_card(facts, header.metadata["unhorse"]) if "unhorse" in header.metadata else facts
 
 
@@ -140,9 +151,10 @@ def torch_zip_facts(stream: BinaryIO, where: str = "data.pkl") -> Facts:
     found = [member for member in directory.members if member.local() == "data.pkl"]
     if len(found) != 1:
         raise zip_directory.hostile(f"has {len(found)} pickles")
-    pickles.check_pickle(archives.read_member(stream, found[0]), where=where)
+    named = pickles.check_checkpoint(archives.read_member(stream, found[0]), where=where)
     storages = sum(member.local().startswith("data/") for member in directory.members)
-    return Facts(producer="torch.save", extra={"storages": str(storages)})
+    notes = pickles.left_out(named)
+    return Facts(producer="torch.save", extra={"storages": str(storages)}, notes=notes)
 
 
 def check_root(directory: zip_directory.Directory) -> None:

@@ -13,6 +13,7 @@ from safetensors.torch import load as parse_safetensors
 from torch import Tensor
 
 from unhorse.checks.expectations import Facts
+from unhorse.checks.metadata import remarks
 from unhorse.checks.sniff import Format
 from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
@@ -176,7 +177,7 @@ def _from_safetensors(source: Source, said: Said) -> list[Found]:
     file = source.path / WEIGHTS_FILE if source.path.is_dir() else source.path
     model = _described(file, weights._replace(tensors=found[0].tensors) if len(found) == 1 else weights)
     if model is None:
-        return each({"": weights.tensors}, said, Facts())
+        return each({"": weights.tensors}, said, Facts(), remarks(weights.metadata))
     if said.layers is not None:
         raise contradiction("the file's card says the network", "leave --layers out")
     if said.architecture not in ("auto", model.architecture["name"]):
@@ -186,6 +187,7 @@ def _from_safetensors(source: Source, said: Said) -> list[Found]:
         raise contradiction(
             f"the card says images of {model.image_shape}, not {said.image_shape}", "leave the shape out"
         )
+    model.assumptions = (*model.assumptions, *remarks(weights.metadata))
     return [Found("", model)]
 
 
@@ -205,7 +207,7 @@ def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> list[Foun
     try:
         facts = Facts.from_json(document["facts"])
         tensors = _safetensors(parcel.blob, source.path.name).tensors
-        notes = [] if "landlock" in parcel.tier else [_weak_tier(parcel.tier)]
+        notes = [*facts.notes, *([] if "landlock" in parcel.tier else [_weak_tier(parcel.tier)])]
         if document["kind"] == "tensors":
             if left_out := "; ".join(map(str, document["left_out"])):
                 notes.append(f"MD306 left out of the network: {left_out}")

@@ -31,13 +31,12 @@ def _check_tensor(name: str, value: object) -> Tensor:
     if type(value) not in (Tensor, nn.Parameter):
         raise LoadRefused("LD209", f"entry {name!r} is a {type(value).__name__}, not a tensor", EXPORT_REMEDY)
     tensor: Tensor = value.detach()  # type: ignore[attr-defined]
-    if (
-        tensor.device.type != "cpu"
-        or tensor.layout != torch.strided
-        or tensor.is_quantized
-        or tensor.is_complex()
-    ):
-        raise LoadRefused("LD206", f"tensor {name!r} is not a plain dense tensor", EXPORT_REMEDY)
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        kind = "quantised" if tensor.is_quantized else "complex" if tensor.is_complex() else "sparse"
+        remedy = "save the weights as plain float32 tensors"
+        raise LoadRefused("LD209", f"tensor {name!r} is {kind}, not a plain dense tensor", remedy)
+    if tensor.device.type != "cpu":
+        raise LoadRefused("LD206", f"tensor {name!r} has no data in the file", EXPORT_REMEDY)
     if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise LoadRefused("LD206", f"tensor {name!r} claims more than the file has", EXPORT_REMEDY)
     return tensor

@@ -12,6 +12,7 @@ import torch
 
 from unhorse.checks.expectations import Facts
 from unhorse.loading.containers import Contents, contents
+from unhorse.loading.plain_checkpoints import plain_checkpoint
 from unhorse.loading.readouts import LogitsOf, Readout, probed
 from unhorse.loading.tensors import check_tensors
 from unhorse.rules import LoadRefused
@@ -29,7 +30,7 @@ def checkpoint(file: BinaryIO) -> Contents:
     """What an open file of torch.save holds: nothing but tensors and plain values is unpickled."""
     size = file.seek(0, 2)
     file.seek(0)
-    found = contents(torch.load(file, map_location="cpu", weights_only=True), size)
+    found = contents(torch.load(plain_checkpoint(file), map_location="cpu", weights_only=True), size)
     checked = {key: check_tensors(tensors, size) for key, tensors in found.networks.items()}
     return Contents(checked, found.left_out)
 
