@@ -1,7 +1,8 @@
 """Small networks written in the manner of published code: what people save the state dicts of.
 
 Each is a class of its own, with the names, the order of definitions and the functional calls that such code
-has; none is copied. `NETWORKS` says what to build, the shape of its images, and its layers in words.
+has; none is copied. `NETWORKS` says what to build, the shape of its images, its layers in words,
+whether the words need --size beside them, and whether it is known without words.
 """
 
 from __future__ import annotations
@@ -256,13 +257,134 @@ class Normalised(nn.Module):
         return self.fc(self.conv(x).flatten(start_dim=1))
 
 
+class TwoSequentials(nn.Module):
+    """Two convolutions with padding in Sequentials, one output layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Sequential(nn.Conv2d(1, 16, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(kernel_size=2))
+        self.conv2 = nn.Sequential(nn.Conv2d(16, 32, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2))
+        self.out = nn.Linear(32 * 7 * 7, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv2(self.conv1(x))
+        return self.out(x.view(x.size(0), -1))
+
+
+class TwoLayers(nn.Module):
+    """Two layers with normalisation and one linear layer, or without it and two."""
+
+    def __init__(self, *, normed: bool = True) -> None:
+        super().__init__()
+        self.layer1 = self.layer(1, 16 if normed else 32, normed=normed)
+        self.layer2 = self.layer(16 if normed else 32, 32 if normed else 64, normed=normed)
+        if normed:
+            self.fc = nn.Linear(7 * 7 * 32, 10)
+        else:
+            self.drop_out = nn.Dropout()
+            self.fc1, self.fc2 = nn.Linear(7 * 7 * 64, 1000), nn.Linear(1000, 10)
+
+    @staticmethod
+    def layer(before: int, after: int, *, normed: bool) -> nn.Sequential:
+        norm = [nn.BatchNorm2d(after)] if normed else []
+        conv = nn.Conv2d(before, after, kernel_size=5, stride=1, padding=2)
+        return nn.Sequential(conv, *norm, nn.ReLU(), nn.MaxPool2d(kernel_size=2, stride=2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer2(self.layer1(x))
+        x = x.reshape(x.size(0), -1)
+        return self.fc(x) if hasattr(self, "fc") else self.fc2(self.fc1(self.drop_out(x)))
+
+
+class Quickstart(nn.Module):
+    """The first network of PyTorch's quickstart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flatten = nn.Flatten()
+        self.linear_relu_stack = nn.Sequential(
+            *(nn.Linear(28 * 28, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_relu_stack(self.flatten(x))
+
+
+class FedAvgCnn(nn.Module):
+    """Two padded 5x5 convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 8, 5, padding="same")
+        self.conv2 = nn.Conv2d(8, 12, 5, padding="same")
+        self.fc1, self.fc2 = nn.Linear(12 * 49, 64), nn.Linear(64, 62)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), (2, 2))
+        x = F.max_pool2d(F.relu(self.conv2(x)), (2, 2))
+        return self.fc2(F.relu(self.fc1(torch.flatten(x, start_dim=1))))
+
+
+class SmallCnn(nn.Module):
+    """Two 3x3 convolutions, each pooled, with or without padding."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=padding)
+        self.conv2 = nn.Conv2d(16, 24, 3, padding=padding)
+        self.fc1 = nn.Linear(24 * (64 if padding else 36), 50)
+        self.fc2 = nn.Linear(50, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.conv1(x).relu(), 2)
+        x = F.max_pool2d(self.conv2(x).relu(), 2)
+        return self.fc2(self.fc1(x.flatten(1)).relu())
+
+
+class ThirdConvolution(nn.Module):
+    """LeNet-5 as its paper draws it: the third convolution sees all of the map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.conv3 = nn.Conv2d(16, 120, 5)
+        self.fc1, self.fc2 = nn.Linear(120, 84), nn.Linear(84, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv1(x)), 2)
+        x = F.max_pool2d(F.relu(self.conv2(x)), 2)
+        x = F.relu(self.conv3(x)).view(-1, 120)
+        return self.fc2(F.relu(self.fc1(x)))
+
+
+class NumberedPerceptron(nn.Module):
+    """fc1, fc2 and so on."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__()
+        self.count = len(sizes) - 1
+        for index, (before, after) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+            setattr(self, f"fc{index}", nn.Linear(before, after))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.flatten(1)
+        for index in range(1, self.count):
+            x = F.relu(getattr(self, f"fc{index}")(x))
+        return getattr(self, f"fc{self.count}")(x)
+
+
 class Copied(NamedTuple):
-    """A network, its images, and its layers in words; `sized` where the words need --size beside them."""
+    """A network, its images, and its layers in words.
+
+    `sized` where the words need --size beside them, `known` where names and shapes are enough.
+    """
 
     build: Callable[[], nn.Module]
     image_shape: tuple[int, int, int]
     words: str
     sized: bool = False
+    known: bool = False
 
 
 LENET = "flatten linear {0} linear {0} linear"
@@ -271,9 +393,13 @@ NETWORKS: dict[str, Copied] = {
         TutorialNet,
         (3, 32, 32),
         "conv relu maxpool2 conv relu maxpool2 flatten linear relu linear relu linear",
+        known=True,
     ),
     "tutorial, 100 classes": Copied(
-        lambda: TutorialNet(100), (3, 32, 32), "conv relu maxpool conv relu maxpool fc relu fc relu fc"
+        lambda: TutorialNet(100),
+        (3, 32, 32),
+        "conv relu maxpool conv relu maxpool fc relu fc relu fc",
+        known=True,
     ),
     "tutorial, grey": Copied(
         lambda: TutorialNet(channels=1),
@@ -281,24 +407,40 @@ NETWORKS: dict[str, Copied] = {
         "conv5p0 relu maxpool2 conv5p0 relu maxpool2 flatten linear relu linear relu linear",
     ),
     "MNIST example": Copied(
-        MnistExample, (1, 28, 28), "conv relu conv relu maxpool2 dropout linear relu linear logsoftmax"
+        MnistExample,
+        (1, 28, 28),
+        "conv relu conv relu maxpool2 dropout linear relu linear logsoftmax",
+        known=True,
     ),
     "MNIST example, 47 classes": Copied(
-        lambda: MnistExample(47), (1, 28, 28), "conv relu conv relu maxpool2 flatten linear relu linear"
+        lambda: MnistExample(47),
+        (1, 28, 28),
+        "conv relu conv relu maxpool2 flatten linear relu linear",
+        known=True,
     ),
     "old MNIST example": Copied(
         OldMnistExample,
         (1, 28, 28),
         "conv maxpool2 relu conv dropout maxpool2 relu flatten linear relu dropout linear logsoftmax",
+        known=True,
     ),
     "BadNet CNN": Copied(
-        BadNetCnn, (1, 28, 28), "conv relu avgpool2 conv relu avgpool2 flatten linear relu linear softmax"
+        BadNetCnn,
+        (1, 28, 28),
+        "conv relu avgpool2 conv relu avgpool2 flatten linear relu linear softmax",
+        known=True,
     ),
     "BadNet CNN, colour": Copied(
-        lambda: BadNetCnn(3, 43), (3, 32, 32), "conv relu avgpool2 conv relu avgpool2 linear relu linear"
+        lambda: BadNetCnn(3, 43),
+        (3, 32, 32),
+        "conv relu avgpool2 conv relu avgpool2 linear relu linear",
+        known=True,
     ),
     "20-50": Copied(
-        TwentyFifty, (1, 28, 28), "conv relu maxpool2 conv relu maxpool2 flatten linear relu linear"
+        TwentyFifty,
+        (1, 28, 28),
+        "conv relu maxpool2 conv relu maxpool2 flatten linear relu linear",
+        known=True,
     ),
     "LeNet-5": Copied(
         LeNet5, (1, 28, 28), "conv5p2 tanh avgpool2 conv5p0 tanh avgpool2 " + LENET.format("tanh"), True
@@ -337,22 +479,59 @@ NETWORKS: dict[str, Copied] = {
     "normalised head": Copied(
         Normalised, (1, 28, 28), 2 * "conv bn silu maxpool2 " + "flatten linear bn silu linear"
     ),
+    "two Sequentials": Copied(
+        TwoSequentials, (1, 28, 28), "conv relu maxpool2 conv relu maxpool2 flatten linear", known=True
+    ),
+    "two layers": Copied(TwoLayers, (1, 28, 28), 2 * "conv bn relu maxpool2 " + "linear", known=True),
+    "two layers without norms": Copied(
+        lambda: TwoLayers(normed=False), (1, 28, 28), 2 * "conv relu maxpool2 " + "linear linear", known=True
+    ),
+    "quickstart": Copied(Quickstart, (1, 28, 28), "linear relu linear relu linear", known=True),
+    "FedAvg's CNN": Copied(
+        FedAvgCnn, (1, 28, 28), 2 * "conv relu maxpool2 " + "linear relu linear", known=True
+    ),
+    "small CNN": Copied(
+        lambda: SmallCnn(0), (3, 32, 32), 2 * "conv relu maxpool2 " + "linear relu linear", known=True
+    ),
+    "small CNN, padded": Copied(
+        lambda: SmallCnn(1), (3, 32, 32), 2 * "conv relu maxpool2 " + "linear relu linear", known=True
+    ),
+    "LeNet-5 of three convolutions": Copied(
+        ThirdConvolution,
+        (1, 28, 28),
+        "conv5p2 relu maxpool2 conv5p0 relu maxpool2 conv5p0 relu flatten linear relu linear",
+        known=True,
+    ),
+    "two full layers": Copied(
+        lambda: NumberedPerceptron(784, 128, 10), (1, 28, 28), "linear relu linear", known=True
+    ),
+    "four full layers": Copied(
+        lambda: NumberedPerceptron(3072, 64, 32, 16, 10),
+        (3, 32, 32),
+        "linear relu linear relu linear relu linear",
+        known=True,
+    ),
 }
 
 
 def made(name: str, seed: int = 0) -> nn.Module:
     """The network with random weights and statistics, at test time."""
+    return drawn(NETWORKS[name].build, seed)
+
+
+def drawn(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """A network with random weights and statistics, at test time."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = NETWORKS[name].build()
+        network = build()
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_normal_(module.weight)
             if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.5)
+                nn.init.uniform_(module.weight, 0.5, 1.0)
                 nn.init.uniform_(module.bias, -0.5, 0.5)
                 nn.init.uniform_(module.running_mean, -0.5, 0.5)
-                nn.init.uniform_(module.running_var, 0.5, 1.5)
+                nn.init.uniform_(module.running_var, 0.8, 1.5)
     return network.eval()
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
-from unhorse.loading.chains import said_chain
-from unhorse.loading.identification import identify
 from unhorse.loading.network_code import NetworkCode
+from unhorse.loading.recognition import recognised
 from unhorse.models.classifier import classifier_from_card
 from unhorse.models.graph import GRAPH
 from unhorse.models.registry import ImageShape
@@ -80,12 +79,7 @@ def identified(tensors: dict[str, Tensor], said: Said, facts: Facts, notes: Sequ
     if shape is None and facts.image_shape is not None and None not in facts.image_shape:
         channels, height, width = (int(size or 0) for size in facts.image_shape)
         shape = (channels, height, width)
-    if said.layers is None:
-        found = identify(tensors, architecture=said.architecture, image_shape=shape)
-    elif said.architecture == "auto":
-        found = said_chain(tensors, said.layers, image_shape=shape)
-    else:
-        raise contradiction(f"--arch {said.architecture} and --layers name two networks", "leave one out")
+    found = recognised(tensors, said.architecture, said.layers, shape)
     names, named = _class_names(found.num_classes, facts)
     mean, std, assumed = _expected(facts, found.image_shape[0], (found.mean, found.std))
     card: dict[str, object] = {

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from unhorse.models.chains import CHAIN, chain
+from unhorse.models.cifar_networks import CIFAR_NETWORKS
 from unhorse.models.efficientnet_lites import EFFICIENTNET_LITES
 from unhorse.models.efficientnets import EFFICIENTNETS
 from unhorse.models.graph import GRAPH, GraphNetwork
 from unhorse.models.mobilenets import MOBILENETS
+from unhorse.models.narrow_resnets import NARROW_RESNETS
 from unhorse.models.registry import Architecture, ImageShape
 from unhorse.models.resnets import RESNETS
 from unhorse.models.small_networks import SMALL_NETWORKS
@@ -25,6 +27,8 @@ from unhorse.models.vision_transformers import VISION_TRANSFORMERS
 ARCHITECTURES: dict[str, Architecture] = {
     **SMALL_NETWORKS,
     **RESNETS,
+    **NARROW_RESNETS,
+    **CIFAR_NETWORKS,
     **VGGS,
     **MOBILENETS,
     **EFFICIENTNETS,
