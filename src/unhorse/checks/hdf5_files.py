@@ -16,14 +16,23 @@ MAX_RATIO = 200
 MAX_ATTRIBUTE_BYTES = 32 * 2**20
 
 _REMEDY = "load it where you trust it and save it again with model.save('model.keras')"
+_FOREIGN_REMEDY = "unhorse opens HDF5 files that Keras wrote; export the network as ONNX or safetensors"
 _GZIP, _SHUFFLE, _CHECKSUM = 1, 2, 3  # the numbers that HDF5 gives to its filters
+_MARKS = {
+    *("model_config", "keras_version", "backend", "layer_names", "training_config", "weight_names"),
+    *("model_weights", "layers", "vars", "optimizer_weights", "top_level_model_weights"),
+}
+"""What Keras puts into the root, one of them at least."""
 _WANTED = {"model_config", "keras_version"}  # libhdf5 may crash on a damaged text: no more than needed
 _HEAP, _CHUNK = b"GCOL\x01\0\0\0", 2**20
 _CONTAINER_ERRORS = (OSError, RuntimeError, KeyError, ValueError, TypeError, OverflowError, AttributeError)
 
 
 def check_hdf5(stream: BinaryIO) -> dict[str, str]:
-    """What Keras says in the root of an HDF5 file; LD219 for what leads out of it or claims too much."""
+    """What Keras says in the root of an HDF5 file; LD219 for what leads out of it or claims too much.
+
+    LD235 for a file that is not Keras's, unless it leads to other files.
+    """
     try:
         import h5py
     except ImportError as error:
@@ -35,7 +44,10 @@ def check_hdf5(stream: BinaryIO) -> dict[str, str]:
         with h5py.File(stream, "r") as file:
             if file.userblock_size:
                 raise LoadRefused("LD213", "bytes stand before the HDF5 file", _REMEDY)
-            _Walk(h5py, size).group(file)
+            foreign = not _MARKS & {*file.attrs, *file}
+            _Walk(h5py, size, foreign).group(file)
+            if foreign:
+                raise _not_keras("it has neither a configuration nor layers")
             return _texts(file)
     except LoadRefused:
         raise
@@ -72,12 +84,16 @@ def _places(stream: BinaryIO, size: int) -> Iterator[int]:
 
 
 class _Walk:
-    """What adds up over the groups of a file."""
+    """What adds up over the groups of a file; one that is not Keras's (`foreign`) may be odd, not hostile."""
 
-    def __init__(self, h5py: Any, size: int) -> None:
-        self.h5py, self.size = h5py, size
+    def __init__(self, h5py: Any, size: int, foreign: bool) -> None:
+        self.h5py, self.size, self.foreign = h5py, size, foreign
         self.seen: set[Any] = set()
         self.total = 0
+
+    def odd(self, what: str) -> LoadRefused:
+        """The refusal of what Keras does not write."""
+        return _not_keras(what) if self.foreign else _refused(what)
 
     def group(self, root: Any) -> None:
         """Every link below a group is a hard one, to a group or a data set that no other link leads to."""
@@ -88,9 +104,8 @@ class _Walk:
             for name in group:
                 link = group.get(name, getlink=True)
                 if type(link) is not self.h5py.HardLink:
-                    raise _refused(
-                        f"{_shown(name)} is a link to another place or file ({type(link).__name__})"
-                    )
+                    what = f"{_shown(name)} is a link to another place or file ({type(link).__name__})"
+                    raise self.odd(what) if type(link) is self.h5py.SoftLink else _refused(what)
                 found = group[name]
                 if isinstance(found, self.h5py.Group):
                     open_groups.append((found, depth + 1))
@@ -98,17 +113,17 @@ class _Walk:
                     self.enter(found, depth + 1)
                     self.dataset(name, found)
                 else:
-                    raise _refused(f"{_shown(name)} is neither a group nor a data set")
+                    raise self.odd(f"{_shown(name)} is neither a group nor a data set")
 
     def enter(self, found: Any, depth: int) -> None:
         address = self.h5py.h5o.get_info(found.id).addr
         if address in self.seen:
-            raise _refused(
+            raise self.odd(
                 f"two links lead to {_shown(found.name)}: the file has a cycle or counts data twice"
             )
         self.seen.add(address)
         if depth > MAX_NESTING or len(self.seen) > MAX_OBJECTS:
-            raise _refused(f"it nests deeper than {MAX_NESTING} or has more than {MAX_OBJECTS} objects")
+            raise self.odd(f"it nests deeper than {MAX_NESTING} or has more than {MAX_OBJECTS} objects")
 
     def dataset(self, name: str, data: Any) -> None:
         settings = data.id.get_create_plist()
@@ -116,19 +131,19 @@ class _Walk:
         if data.is_virtual or data.external:
             raise _refused(f"data set {_shown(name)} lies in other files")
         if not set(filters) <= {_GZIP, _SHUFFLE, _CHECKSUM}:
-            raise _refused(
+            raise self.odd(
                 f"data set {_shown(name)} needs filters {filters}, which may be code outside the file"
             )
         if data.dtype.kind not in "fiubS" or data.dtype.hasobject:
-            raise _refused(f"data set {_shown(name)} holds {data.dtype}, not numbers")
+            raise self.odd(f"data set {_shown(name)} holds {data.dtype}, not numbers")
         stored = data.id.get_storage_size()
         if data.nbytes > stored * (MAX_RATIO if filters else 1) + 4096 * bool(stored) or stored > self.size:
-            raise _refused(
+            raise self.odd(
                 f"data set {_shown(name)} claims {data.nbytes} bytes and the file has {stored} for it"
             )
         self.total += data.nbytes
         if self.total > MAX_TOTAL_BYTES:
-            raise _refused("its data sets claim more than 4 GiB")
+            raise self.odd("its data sets claim more than 4 GiB")
 
 
 def _texts(file: Any) -> dict[str, str]:
@@ -146,6 +161,10 @@ def _texts(file: Any) -> dict[str, str]:
 
 def _shown(name: str) -> str:
     return repr(name[:100])
+
+
+def _not_keras(what: str) -> LoadRefused:
+    return LoadRefused("LD235", f"it is an HDF5 file, and not one of Keras ({what})", _FOREIGN_REMEDY)
 
 
 def _refused(what: str) -> LoadRefused:

@@ -51,7 +51,7 @@ def _kind(stream: BinaryIO, head: bytes) -> Format:
             raise stray("the file ends in a zip archive and begins as something else")
     if head[257:262] == b"ustar":
         kinds.add(Format.TAR)
-    if _has_user_block(stream, size):
+    if kinds != {Format.MATLAB} and _has_user_block(stream, size):  # MATLAB 7.3 writes HDF5 behind its text
         kinds.add(Format.HDF5)
         kinds.add(Format.UNKNOWN)
     if len(kinds) > 1:
