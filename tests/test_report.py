@@ -919,7 +919,7 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path):
     html.write_text("old")
     save(Report((infected(),)), html=html, json=document)
     assert html.read_text().rstrip().endswith("</html>")
-    assert json.loads(document.read_text())["schema"] == "unhorse-report-2"
+    assert json.loads(document.read_text())["schema"] == "unhorse-report-3"
     assert sorted(path.name for path in html.parent.iterdir()) == ["report.html", "report.json"]
 
 

@@ -111,9 +111,9 @@ def test_what_a_baseline_has_does_not_count_and_what_is_new_does(tmp_path):
     ("text", "words"),
     [
         ("{", "is not JSON"),
-        ("[]", "no report of the kind unhorse-report-2"),
+        ("[]", "no report of the kind unhorse-report-3"),
         ('{"schema": "unhorse-report-1", "models": []}', "no report of the kind"),
-        ('{"schema": "unhorse-report-2", "models": [{}]}', "damaged"),
+        ('{"schema": "unhorse-report-3", "models": [{}]}', "damaged"),
         ("[" * 100_000, "is not JSON"),
     ],
 )

@@ -56,6 +56,7 @@ def _reference(place: int) -> str:
 def _component(model: ScannedModel, place: int) -> dict[str, object]:
     facts = {
         "path": plain(model.path, PROSE_LENGTH),
+        "key": plain(model.key),
         "verdict": model.verdict,
         "format": plain(model.format),
         "opened": plain(model.opened, PROSE_LENGTH),
@@ -65,7 +66,7 @@ def _component(model: ScannedModel, place: int) -> dict[str, object]:
     component: dict[str, object] = {
         "type": "machine-learning-model",
         "bom-ref": _reference(place),
-        "name": plain(PurePath(model.path).name) or "model",
+        "name": plain(PurePath(model.path).name + (f" [{model.key}]" if model.key else "")) or "model",
         "modelCard": _card(model),
         "properties": [{"name": f"unhorse:{name}", "value": value} for name, value in facts.items() if value],
     }

@@ -61,7 +61,7 @@ def incomplete(model: ScannedModel) -> bool:
 
 def fingerprint(model: ScannedModel, finding: Finding) -> str:
     """The same for the same finding in the same file, wherever the file lies and whatever the words."""
-    parts = (model.sha256 or model.path, finding.rule, finding.where)
+    parts = (model.sha256 or model.path, finding.rule, finding.where, *filter(None, (model.key,)))
     return hashlib.sha256("\n".join(parts).encode("utf-8", "backslashreplace")).hexdigest()
 
 
@@ -70,9 +70,13 @@ def quoted(path: str) -> str:
     return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
-def remedy_of(rule: str, path: str) -> str:
-    """The remedy of a rule for one file."""
-    return RULES[rule].remedy.replace("PATH", quoted(path))
+def remedy_of(rule: str, path: str, key: str = "") -> str:
+    """The remedy of a rule for one file, or for one of several networks in it."""
+    return RULES[rule].remedy.replace("PATH", _named(path, key))
+
+
+def _named(path: str, key: str) -> str:
+    return f"{quoted(path)} --key {shlex.quote(key)}" if key else quoted(path)
 
 
 # --- from the scan ------------------------------------------------------------------------------------------
@@ -122,11 +126,11 @@ def _past_threshold(model: ScannedModel, result: ScanResult) -> Finding:
     grades = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
     confidence = grades[(model.verdict == "INFECTED") + (result.reference is not None)]
     where = "" if result.target is None else f"class {result.target}"
-    path = quoted(model.path)
+    path = _named(model.path, model.key)
     if result.scanner == "neural-cleanse":
         remedy = f"unhorse scan {path} --scanner neural-cleanse --clean IMAGES --effort deep"
     else:
-        remedy = remedy_of("BD102", model.path)
+        remedy = remedy_of("BD102", model.path, model.key)
     return _finding(model, "BD102", message, confidence, where=where, remedy=remedy)
 
 
@@ -149,7 +153,9 @@ def _assumed(model: ScannedModel) -> Iterator[Finding]:
             continue
         subject = _SUBJECT.match(found[2])
         where = subject[1] if subject else ""
-        path, remedy = quoted(model.path), remedy_of(found[1], model.path)
+        if found[1] == "MD306":
+            where = found[2].partition(":")[0][:60]
+        path, remedy = _named(model.path, model.key), remedy_of(found[1], model.path, model.key)
         if found[1] == "MD301" and "size" in where:
             remedy = f"unhorse scan {path} --size HEIGHT WIDTH"
         elif found[1] == "MD301":
@@ -168,4 +174,6 @@ def _finding(
 ) -> Finding:
     behaviour = rule in ("BD101", "BD102")
     severity: Severity = model.severity if behaviour else RULES[rule].severity
-    return Finding(rule, message, remedy or remedy_of(rule, model.path), severity, confidence, where)
+    return Finding(
+        rule, message, remedy or remedy_of(rule, model.path, model.key), severity, confidence, where
+    )

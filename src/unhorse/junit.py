@@ -30,7 +30,7 @@ def to_junit(report: Report) -> str:
 
 
 def _suite(model: ScannedModel, created: str) -> ElementTree.Element:
-    path = plain(model.path, PROSE_LENGTH) or "model"
+    path = plain(model.name, PROSE_LENGTH) or "model"
     cases = [_verdict(model, path)]
     for finding in findings_of(model):
         if finding.severity.rank >= Severity.MEDIUM.rank:

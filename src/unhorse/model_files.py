@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unhorse.core import Classifier
-    from unhorse.loading.formats import Opened
+    from unhorse.loading.assembly import Said
+    from unhorse.loading.formats import Networks, Opened
+    from unhorse.loading.sources import Source
 
 SUFFIXES = (
     *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".keras", ".h5", ".hdf5"),
@@ -66,16 +68,33 @@ def prepare(models: Sequence[Path]) -> None:
 
 def load(path: Path, options: Mapping[str, Any]) -> Opened:
     """open_model with a command's options, `image_size` and `channels` turned into an image shape."""
-    from unhorse.jobs import say
-    from unhorse.loading.assembly import Said
     from unhorse.loading.formats import open_model
-    from unhorse.wording import plain
+
+    return open_model(path, _said(options), progress=_told(path))
+
+
+def read_networks(source: Source, options: Mapping[str, Any]) -> Networks:
+    """Every network of an open file, with a command's options."""
+    from unhorse.loading.formats import read
+
+    return read(source, _said(options), progress=_told(source.path))
+
+
+def _said(options: Mapping[str, Any]) -> Said:
+    from unhorse.loading.assembly import Said
 
     given = {name: value for name, value in options.items() if value is not None}
     size, channels = given.pop("image_size", None), given.pop("channels", None)
     if size is not None:
         given["image_shape"] = (channels or 3, *size)
-    return open_model(path, Said(**given), progress=lambda line: say(f"{path.name}: {plain(line)}"))
+    return Said(**given)
+
+
+def _told(path: Path) -> Callable[[str], None]:
+    from unhorse.jobs import say
+    from unhorse.wording import plain
+
+    return lambda line: say(f"{path.name}: {plain(line)}")
 
 
 def write_model(model: Classifier, output: Path) -> None:

@@ -28,7 +28,7 @@ from unhorse.wording import MEANING, ORDER, PROSE_LENGTH, finite, number, percen
 
 __all__ = ["Report", "ScannedModel", "dumps", "exit_code", "save", "to_html", "to_json", "to_terminal"]
 
-SCHEMA = "unhorse-report-2"
+SCHEMA = "unhorse-report-3"
 PAGE_BYTES = 3_000_000
 
 

@@ -104,7 +104,7 @@ def _result(
 ) -> dict[str, object]:
     """One finding. A model has no lines: the class, member or tensor is a logical location."""
     location: dict[str, object] = {"physicalLocation": {"artifactLocation": artifact}}
-    if finding.where:
+    if finding.where or model.key:
         location["logicalLocations"] = [_logical(model, finding)]
     mark = fingerprint(model, finding)
     result: dict[str, object] = {
@@ -130,11 +130,12 @@ def _result(
 
 
 def _logical(model: ScannedModel, finding: Finding) -> dict[str, object]:
-    """The place within a model; for a class its name too."""
+    """The place within a model; for a class its name too, and of several networks in a file which it is."""
     number = finding.where.removeprefix("class ")
     named = number != finding.where and number.isdecimal() and len(number) < 10
     name = model.class_name(int(number)) if named else finding.where
-    return {"name": plain(name), "fullyQualifiedName": plain(finding.where)}
+    whole = ": ".join(filter(None, (model.key, finding.where)))
+    return {"name": plain(name or model.key), "fullyQualifiedName": plain(whole)}
 
 
 def _message(finding: Finding) -> str:
@@ -147,6 +148,7 @@ def _invocation(report: Report, locations: Sequence[Mapping[str, object]]) -> di
     for model, artifact in zip(report.models, locations, strict=True):
         if incomplete(model):
             text = plain(model.reason, PROSE_LENGTH) or "The model was not judged."
+            text = f"{plain(model.key)}: {text}" if model.key else text
             location = {"physicalLocation": {"artifactLocation": artifact}}
             notes.append(
                 {"level": "error", "message": {"text": text.translate(_INERT)}, "locations": [location]}

@@ -29,6 +29,7 @@ def model_json(model: ScannedModel) -> dict[str, object]:
     """A model as report.schema.json describes it; numbers that JSON cannot carry are null."""
     content = {
         "path": model.path,
+        "key": plain(model.key),
         "sha256": model.sha256,
         "size": model.size,
         "format": plain(model.format),
@@ -115,7 +116,7 @@ def models_terminal(models: Sequence[ScannedModel]) -> RenderableType:
         verdict = Text(model.verdict, STYLES.get(model.verdict, "bold magenta"))
         cells = _facts(model) if inspected else _scores(model)
         seconds = "–" if not math.isfinite(model.seconds) else f"{model.seconds:.1f}"
-        table.add_row(Text(plain(model.path)), verdict, *map(Text, (*cells, seconds)))
+        table.add_row(Text(plain(model.name)), verdict, *map(Text, (*cells, seconds)))
     return Group(table, *(part for model in models for part in _notes(model)))
 
 
@@ -153,7 +154,7 @@ def _notes(model: ScannedModel) -> tuple[Text, TerminalTable]:
     if len(findings) > SHOWN:
         notes.add_row(Text("", "dim"), Text(f"and {len(findings) - SHOWN} more findings: see --json"))
     notes.add_row(Text("to do", "dim"), Text(plain(model.remedy, PROSE_LENGTH)))
-    return Text(plain(model.path), "bold"), notes
+    return Text(plain(model.name), "bold"), notes
 
 
 def _finding_rows(finding: Finding, above: str) -> list[tuple[str, Text]]:

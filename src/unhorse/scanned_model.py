@@ -19,12 +19,12 @@ BROKEN = {LoadFailed.rule, "LD231"}
 
 @dataclass(frozen=True)
 class ScannedModel:
-    """One model file: what it is, what was assumed, and its scan result or the error that prevented one.
+    """One network of a model file: what it is, what was assumed, and its scan result or why there is none.
 
     `sha256` is of the file or of its weights, `size` in bytes; `error_rule` names the broken rule, for
     programs; `opened` says where and how the file was opened. `findings` are those that the file gave, to
     which `findings_of` adds those that follow from the rest. An `inspected` file was looked at and not run:
-    it has no result and is no failure for that.
+    it has no result and is no failure for that. `key` says which of several networks of the file this is.
     """
 
     path: str
@@ -42,6 +42,12 @@ class ScannedModel:
     opened: str = ""
     size: int = 0
     inspected: bool = False
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        """The file, and which of its networks."""
+        return f"{self.path} [{self.key}]" if self.key else self.path
 
     @property
     def refused(self) -> bool:

@@ -19,10 +19,11 @@ from unhorse.cli.clean_images import clean_images
 from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResult, Verdict
 from unhorse.doubts import doubts
 from unhorse.jobs import say
-from unhorse.loading.formats import Opened
+from unhorse.loading.formats import Networks
 from unhorse.loading.network_code import require_confinement
+from unhorse.loading.networks import Found
 from unhorse.loading.sources import opened
-from unhorse.model_files import find_models
+from unhorse.model_files import find_models, read_networks
 from unhorse.model_files import load as open_with
 from unhorse.models.classifier import weights_hash
 from unhorse.models.graph import GRAPH
@@ -108,14 +109,15 @@ def scan_models(
         reference = build_reference(request, workers=workers)
         say(f"reference: {len(reference.scores)} benign models of {request.reference}")
     todo = [_Scan(path, request, reference) for path in models]
-    scanned: dict[Path, ScannedModel] = {}
+    scanned: dict[Path, tuple[ScannedModel, ...]] = {}
     outcomes = jobs.run(jobs.call, todo, workers=workers)
     watched = outcomes if len(todo) == 1 else jobs.track("scanning", outcomes, len(todo))
     for outcome in watched:
         path = outcome.item.path
-        scanned[path] = outcome.value or ScannedModel(str(path), error=f"the scan failed: {outcome.error!r}")
+        failed = ScannedModel(str(path), error=f"the scan failed: {outcome.error!r}")
+        scanned[path] = outcome.value or (failed,)
     return Report(
-        tuple(scanned[path] for path in models),
+        tuple(network for path in models for network in scanned[path]),
         command=tuple(command),
         environment=environment(request.device) | {"effort": request.effort, "seed": request.seed},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -160,39 +162,44 @@ class _Score:
 
 @dataclass(frozen=True)
 class _Scan:
-    """One model of a survey."""
+    """One file of a survey: each of its networks is scanned."""
 
     path: Path
     request: Request
     reference: Reference | None
 
-    def __call__(self) -> ScannedModel:
+    def __call__(self) -> tuple[ScannedModel, ...]:
         started = time.monotonic()
-        sha256, size, kind = "", 0, ""
+        seen = ScannedModel(str(self.path))
+        kept = ScanCache(cache_folder() / "scans")
         try:
             with opened(self.path) as source:
-                sha256, size, kind = source.sha256, source.size, source.format
+                seen = replace(seen, sha256=source.sha256, size=source.size, format=source.format)
                 source.check()
-            kept = ScanCache(cache_folder() / "scans")
-            if self.request.cached and (found := kept.read(self._key(sha256))) is not None:
-                say(f"{self.path}: scanned before, taken from the cache (--no-cache scans again)")
-                return replace(found, path=str(self.path))
-            file = open_with(self.path, self.request.loading)
+                if self.request.cached and (found := kept.read(self._key(source.sha256))):
+                    say(f"{self.path}: scanned before, taken from the cache (--no-cache scans again)")
+                    return tuple(replace(network, path=str(self.path)) for network in found)
+                file = read_networks(source, self.request.loading)
         except (LoadRefused, LoadFailed) as error:
-            return ScannedModel(
-                str(self.path),
-                sha256=sha256,
-                size=size,
-                format=kind,
-                error=str(error),
-                error_rule=error.rule,
-                seconds=time.monotonic() - started,
-            )
-        result = self._scanned(file.model)
-        scanned = describe(self.path, file.model, file, seconds=time.monotonic() - started, result=result)
-        if result.verdict is not Verdict.UNDECIDED:
+            return (_unopened(seen, error, time.monotonic() - started),)
+        if len(file.networks) > 1:
+            keys = ", ".join(network.key for network in file.networks)
+            say(f"{self.path}: {len(file.networks)} different networks, each is scanned: {keys}")
+        scanned = tuple(self._scanned_network(network, file) for network in file.networks)
+        if all(one.result and one.result.verdict is not Verdict.UNDECIDED for one in scanned):
             kept.write(self._key(file.sha256), scanned)
         return scanned
+
+    def _scanned_network(self, network: Found, file: Networks) -> ScannedModel:
+        started = time.monotonic() - file.seconds / len(file.networks)
+        known = {"sha256": file.sha256, "size": file.size, "format": file.format, "opened": file.opened}
+        seen = ScannedModel(str(self.path), key=network.key, **known)  # type: ignore[arg-type]
+        if network.model is None:
+            assert network.error is not None
+            return _unopened(seen, network.error, time.monotonic() - started)
+        name = f"{self.path} [{network.key}]" if network.key else str(self.path)
+        result = self._scanned(network.model, name)
+        return replace(seen, **_of(network.model), result=result, seconds=time.monotonic() - started)
 
     def _key(self, sha256: str) -> str:
         request = asdict(self.request) | {
@@ -202,7 +209,7 @@ class _Scan:
         }
         return scan_key(sha256, request)
 
-    def _scanned(self, model: Classifier) -> ScanResult:
+    def _scanned(self, model: Classifier, name: str) -> ScanResult:
         device = choose_device(self.request.device)
         model.to(device)
         scanner = make_scanner(self.request, device=device)
@@ -211,7 +218,7 @@ class _Scan:
         if isinstance(scanner, SignatureScanner) and self.reference is not None:
             scanner.reference_ = self.reference
         clean = clean_images(self.request.clean, model)
-        result = scan_with(scanner, model, clean, label=f"{self.path} ({self.request.effort})")
+        result = scan_with(scanner, model, clean, label=f"{name} ({self.request.effort})")
         if isinstance(scanner, DATA_FREE):
             result = replace(result, warnings=(*result.warnings, *doubts(scanner, model, result)))
         return result
@@ -221,21 +228,23 @@ def _folder_of(scanner: Path | str | None) -> Path | None:
     return None if scanner is None or str(scanner) in NAMED else Path(scanner)
 
 
-def describe(path: Path, model: Classifier, file: Opened | None = None, **fields: Any) -> ScannedModel:
-    """A model's line in the report; `file` says what it was opened from."""
-    known: dict[str, Any] = {}
-    if file is not None:
-        known = {"size": file.size, "format": file.format, "opened": file.opened}
-    return ScannedModel(
-        str(path),
-        sha256=_hash_of(path, model) if file is None else file.sha256,
-        architecture=called(model),
-        image_shape=model.image_shape,
-        class_names=model.class_names,
-        assumptions=model.assumptions,
-        **known,
-        **fields,
-    )
+def _unopened(seen: ScannedModel, error: LoadRefused | LoadFailed, seconds: float) -> ScannedModel:
+    return replace(seen, error=str(error), error_rule=error.rule, seconds=seconds)
+
+
+def describe(path: Path, model: Classifier, **fields: Any) -> ScannedModel:
+    """A model's line in the report."""
+    return ScannedModel(str(path), sha256=_hash_of(path, model), **_of(model), **fields)
+
+
+def _of(model: Classifier) -> dict[str, Any]:
+    """What a report says of the network itself."""
+    return {
+        "architecture": called(model),
+        "image_shape": model.image_shape,
+        "class_names": model.class_names,
+        "assumptions": model.assumptions,
+    }
 
 
 def _hash_of(path: Path, model: Classifier) -> str:

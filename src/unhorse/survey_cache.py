@@ -37,21 +37,22 @@ class ScanCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def read(self, key: str) -> ScannedModel | None:
-        """The scan of that key, if it was kept."""
+    def read(self, key: str) -> tuple[ScannedModel, ...]:
+        """The scans of that key, one for each network of the file; none if they were not kept."""
         path = self.folder / f"{key}.safetensors"
         if not path.is_file():
-            return None
+            return ()
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 found = unpacked(json.loads(file.metadata()["scan"]), tensors)
         except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError):
-            return None
-        return found if isinstance(found, ScannedModel) else None
+            return ()
+        whole = isinstance(found, tuple) and all(isinstance(one, ScannedModel) for one in found)
+        return found if whole else ()
 
-    def write(self, key: str, scanned: ScannedModel) -> None:
-        """Keeps a scan; another process may do the same at the same time."""
+    def write(self, key: str, scanned: tuple[ScannedModel, ...]) -> None:
+        """Keeps the scans of one file; another process may do the same at the same time."""
         tensors: dict[str, Tensor] = {}
         document = packed(scanned, tensors)
         self.folder.mkdir(parents=True, exist_ok=True)

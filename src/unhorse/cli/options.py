@@ -42,6 +42,7 @@ class ModelOptions:
     trust_network: Annotated[
         bool, Parameter(help="Run it also where the sandbox is weaker than Landlock with seccomp.")
     ] = False
+    key: Annotated[str | None, Parameter(help="Which of several networks in the file.")] = None
 
     def loading(self) -> dict[str, Any]:
         """As arguments of survey.load; the network file is read here, and not run."""
@@ -54,6 +55,7 @@ class ModelOptions:
             "mean": self.mean,
             "std": self.std,
             "value_range": self.range,
+            "key": self.key,
         }
 
     def _network(self) -> dict[str, Any]:

@@ -129,29 +129,37 @@ def open_networks(
     a network that is none of ours a graph of listed operators (models/graph.py). Both run here. Raises
     LoadRefused and LoadFailed for what is wrong with the file as a whole.
     """
-    started = time.monotonic()
     with opened(path) as source:
-        source.check()
-        if said.network is not None:
-            found, tier = own_networks(source, said, progress, limits=_limits(source.size))
-            where = f"in the sandbox ({tier}), with {said.network.file}:{said.network.name}"
-        elif source.kind is Format.SAFETENSORS:
-            found, where = _from_safetensors(source, said), HERE
-        else:
-            parcel = server.run(
-                "read",
-                source.files,
-                source.options() | {"image_shape": said.image_shape and list(said.image_shape)},
-                heavy=True,
-                limits=_limits(source.size),
-                progress=progress,
-            )
-            where = f"in the sandbox ({parcel.tier})"
-            found = _from_parcel(source, parcel, said)
-        networks = tuple(_overridden(one, said) for one in found)
-        return Networks(
-            networks, source.format, source.sha256, source.size, where, time.monotonic() - started
+        return read(source, said, progress=progress)
+
+
+def read(
+    source: Source,
+    said: Said = Said(),  # noqa: B008 - frozen
+    *,
+    progress: Callable[[str], None] | None = None,
+) -> Networks:
+    """As open_networks, of a file that is open: what is read is what its hash is of."""
+    started = time.monotonic()
+    source.check()
+    if said.network is not None:
+        found, tier = own_networks(source, said, progress, limits=_limits(source.size))
+        where = f"in the sandbox ({tier}), with {said.network.file}:{said.network.name}"
+    elif source.kind is Format.SAFETENSORS:
+        found, where = _from_safetensors(source, said), HERE
+    else:
+        parcel = server.run(
+            "read",
+            source.files,
+            source.options() | {"image_shape": said.image_shape and list(said.image_shape)},
+            heavy=True,
+            limits=_limits(source.size),
+            progress=progress,
         )
+        where = f"in the sandbox ({parcel.tier})"
+        found = _from_parcel(source, parcel, said)
+    networks = tuple(_overridden(one, said) for one in found)
+    return Networks(networks, source.format, source.sha256, source.size, where, time.monotonic() - started)
 
 
 def _overridden(found: Found, said: Said) -> Found:
@@ -210,7 +218,7 @@ def _from_parcel(source: Source, parcel: server.Parcel, said: Said) -> list[Foun
         notes = [*facts.notes, *([] if "landlock" in parcel.tier else [_weak_tier(parcel.tier)])]
         if document["kind"] == "tensors":
             if left_out := "; ".join(map(str, document["left_out"])):
-                notes.append(f"MD306 left out of the network: {left_out}")
+                notes.append(f"MD306 left out of the file: {left_out}")
             return each(_by_key(document["keys"], tensors), said, facts, notes)
         if said.layers is not None:
             raise contradiction("the file has a network of its own, not only tensors", "leave --layers out")
