@@ -22,7 +22,7 @@ PARTS = {
     **{"scanned_model": "report", "scan_report": "report", "findings": "report", "suppression": "report"},
     **{"sarif": "report", "junit": "report", "cyclonedx": "report", "rulebook": "rules"},
     **{"survey": "cli", "demo": "cli", "inspection": "cli", "model_files": "cli"},
-    **{"survey_cache": "cli", "doubts": "cli"},
+    **{"survey_cache": "cli", "doubts": "cli", "descriptions": "cli"},
     "ray_jobs": "jobs",
 }
 DEFENCE = {"core", "triggers", "metrics", "models"}

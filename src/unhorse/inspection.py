@@ -76,8 +76,8 @@ class _Look:
 
     def _tried(self, seen: ScannedModel) -> ScannedModel:
         """With the network that was said, if the weights fit it."""
+        from unhorse.descriptions import describe
         from unhorse.model_files import load
-        from unhorse.survey import describe
 
         file = load(self.path, self.loading)
         model = describe(self.path, file.model, file)

@@ -17,6 +17,7 @@ import torch
 from unhorse import jobs
 from unhorse.cli.clean_images import clean_images
 from unhorse.core import Classifier, Dataset, ModelScanner, Reference, ScanResult, Verdict
+from unhorse.descriptions import known, of_network
 from unhorse.doubts import doubts
 from unhorse.jobs import say
 from unhorse.loading.formats import Networks
@@ -25,8 +26,6 @@ from unhorse.loading.networks import Found
 from unhorse.loading.sources import opened
 from unhorse.model_files import find_models, read_networks
 from unhorse.model_files import load as open_with
-from unhorse.models.classifier import weights_hash
-from unhorse.models.graph import GRAPH
 from unhorse.report import Report, ScannedModel
 from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.scanners.named import DATA_FREE, NAMED, NEURAL_CLEANSE, named_scanner
@@ -192,14 +191,13 @@ class _Scan:
 
     def _scanned_network(self, network: Found, file: Networks) -> ScannedModel:
         started = time.monotonic() - file.seconds / len(file.networks)
-        known = {"sha256": file.sha256, "size": file.size, "format": file.format, "opened": file.opened}
-        seen = ScannedModel(str(self.path), key=network.key, **known)  # type: ignore[arg-type]
+        seen = ScannedModel(str(self.path), key=network.key, **known(file))
         if network.model is None:
             assert network.error is not None
             return _unopened(seen, network.error, time.monotonic() - started)
         name = f"{self.path} [{network.key}]" if network.key else str(self.path)
         result = self._scanned(network.model, name)
-        return replace(seen, **_of(network.model), result=result, seconds=time.monotonic() - started)
+        return replace(seen, **of_network(network.model), result=result, seconds=time.monotonic() - started)
 
     def _key(self, sha256: str) -> str:
         request = asdict(self.request) | {
@@ -230,36 +228,6 @@ def _folder_of(scanner: Path | str | None) -> Path | None:
 
 def _unopened(seen: ScannedModel, error: LoadRefused | LoadFailed, seconds: float) -> ScannedModel:
     return replace(seen, error=str(error), error_rule=error.rule, seconds=seconds)
-
-
-def describe(path: Path, model: Classifier, **fields: Any) -> ScannedModel:
-    """A model's line in the report."""
-    return ScannedModel(str(path), sha256=_hash_of(path, model), **_of(model), **fields)
-
-
-def _of(model: Classifier) -> dict[str, Any]:
-    """What a report says of the network itself."""
-    return {
-        "architecture": called(model),
-        "image_shape": model.image_shape,
-        "class_names": model.class_names,
-        "assumptions": model.assumptions,
-    }
-
-
-def _hash_of(path: Path, model: Classifier) -> str:
-    """Of the file, where there is one."""
-    try:
-        with opened(path) as source:
-            return source.sha256
-    except (LoadRefused, LoadFailed):
-        return weights_hash(model)
-
-
-def called(model: Classifier) -> str:
-    """The name of the architecture; a graph is said to be one, and how large."""
-    name = str(model.architecture.get("name", ""))
-    return f"graph of {len(model.network.layers)} operators" if name == GRAPH else name  # type: ignore[arg-type]
 
 
 def load(path: Path, options: Mapping[str, Any]) -> Classifier:

@@ -15,6 +15,7 @@ from unhorse.cli.output import epochs_progress
 from unhorse.cli.repair_measures import Pair, Reversed, measure, scan_pictures, stamped_pictures
 from unhorse.core import Classifier, Dataset, RepairResult, ScanResult, Verdict
 from unhorse.datasets import split_dataset, subset
+from unhorse.descriptions import describe
 from unhorse.inputs import check_clean, check_recognised
 from unhorse.jobs import say
 from unhorse.models.classifier import CARD_FILE, read_card, save_classifier, weights_hash
@@ -23,7 +24,7 @@ from unhorse.repair_report import RepairedModel
 from unhorse.repairs.registry import NEEDS_FINDING, REPAIRS
 from unhorse.report import Report
 from unhorse.scanners.named import NEURAL_CLEANSE
-from unhorse.survey import Request, describe, environment, make_scanner, scan_with
+from unhorse.survey import Request, environment, make_scanner, scan_with
 from unhorse.wording import finite
 
 HELD_OUT = 0.3
