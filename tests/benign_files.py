@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from benign_inputs import onnx_inputs, torch_inputs
 from benign_onnx import onnx_files
 from benign_sources import (
     BATCH,
@@ -56,6 +57,8 @@ def recipes() -> Iterator[Recipe]:
     yield from _torchscripts()
     yield from _exported_programs()
     yield from onnx_files()
+    yield from onnx_inputs()
+    yield from torch_inputs()
     for name in KERAS:
         yield Recipe(f"{name}.keras", partial(_keras, name=name))
         yield Recipe(f"{name}.h5", partial(_keras, name=name))

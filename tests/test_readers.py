@@ -14,8 +14,9 @@ from benign_files import compare, difference, recipes
 from benign_sources import Outputs, Recipe
 from unhorse.checks.expectations import Facts
 from unhorse.checks.sniff import sniff
+from unhorse.loading.probing import probed
 from unhorse.loading.reading import _read, read_task
-from unhorse.loading.readouts import LogitsOf, Readout, logits_in, probed
+from unhorse.loading.readouts import LogitsOf, Readout, logits_in
 from unhorse.rules import LoadFailed, LoadRefused
 
 # Keras 3.15 hands torch tensors to numpy 2 in the old way
@@ -86,8 +87,15 @@ def test_state_dict_comes_back_as_finite_floats(name: str, tmp_path: Path) -> No
     path, outputs = written(name, tmp_path)
     found = reading(path, outputs)
     assert found.network is None
-    assert {tensor.dtype for tensor in found.tensors.values()} <= {torch.float32, torch.int64}
-    assert any(tensor.shape[0] == outputs.values.shape[1] for tensor in found.tensors.values() if tensor.ndim)
+    assert {tensor.dtype for tensor in next(iter(found.networks.values())).values()} <= {
+        torch.float32,
+        torch.int64,
+    }
+    assert any(
+        tensor.shape[0] == outputs.values.shape[1]
+        for tensor in next(iter(found.networks.values())).values()
+        if tensor.ndim
+    )
 
 
 def test_what_comes_home_is_a_document_and_a_blob(tmp_path: Path) -> None:
@@ -161,7 +169,7 @@ def test_folder_of_timm_comes_back_as_tensors_with_its_normalisation(tmp_path: P
     path, outputs = written("timm-resnet18", tmp_path)
     found = reading(path, outputs)
     assert found.network is None
-    assert found.tensors["fc.weight"].shape == (10, 512)
+    assert next(iter(found.networks.values()))["fc.weight"].shape == (10, 512)
     assert found.facts.mean == (0.485, 0.456, 0.406)
     assert found.facts.extra["architecture"] == "resnet18"
 

@@ -158,6 +158,10 @@ def _assumed(model: ScannedModel) -> Iterator[Finding]:
         path, remedy = _named(model.path, model.key), remedy_of(found[1], model.path, model.key)
         if found[1] == "MD301" and "size" in where:
             remedy = f"unhorse scan {path} --size HEIGHT WIDTH"
+        elif found[1] == "MD301" and "layout" in where:
+            remedy = f"unhorse scan {path} --size HEIGHT WIDTH --channels CHANNELS"
+        elif found[1] == "MD301" and "batch" in where:
+            remedy = "Nothing to do: its answers were compared one image at a time."
         elif found[1] == "MD301":
             remedy = f"unhorse scan {path} --mean MEAN --std STD"
         yield _finding(model, found[1], found[2], Confidence.HIGH, where=where, remedy=remedy)

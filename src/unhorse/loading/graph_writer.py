@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
+from unhorse.loading.masks import Masks
 from unhorse.loading.origins import Origin, Origins
 from unhorse.loading.peepholes import Found, layer_of
 from unhorse.loading.traced_values import (
@@ -22,6 +23,7 @@ from unhorse.loading.traced_values import (
     own,
     plain,
     renumbered,
+    run,
 )
 from unhorse.models.graph import OPERATORS
 from unhorse.models.graph_values import number_value
@@ -81,6 +83,7 @@ class GraphWriter:
         self.names: dict[int, str] = {}
         self.layers: dict[tuple[Any, ...], int] = {}
         self.origins = Origins(self._write)
+        self.masks = Masks(self._named, self._appended, self.origins)
 
     @torch.no_grad()
     def traced(self) -> Traced:
@@ -113,7 +116,7 @@ class GraphWriter:
         if name in _IDENTITIES and (same := self._same(name, arguments, options)) is not None:
             self._store(node, same, in_place)
             return
-        example = _run(name, examples(arguments, self.sizes[0]), examples(options, self.sizes[0]))
+        example = run(name, examples(arguments, self.sizes[0]), examples(options, self.sizes[0]))
         dynamic = leaves(arguments) + leaves(options)
         if not any(isinstance(leaf, Value | Batch) for leaf in dynamic):
             self.origins.add(name, arguments, options, example)
@@ -135,7 +138,7 @@ class GraphWriter:
             return first if isinstance(first, Value) and arguments[1:] == [1] else None
         if not isinstance(first, Value) or name not in ("to", "_to_copy", "type_as"):
             return first if isinstance(first, Value) else None
-        after = _run(name, examples(arguments, self.sizes[0]), examples(options, self.sizes[0]))
+        after = run(name, examples(arguments, self.sizes[0]), examples(options, self.sizes[0]))
         return first if after.dtype == example.dtype else None
 
     def _store(self, node: fx.Node, value: Any, in_place: bool) -> None:
@@ -153,9 +156,13 @@ class GraphWriter:
             arguments = [self._generalised(value, self.sizes[0]) for value in arguments]
         if name not in OPERATORS:
             raise LoadRefused("LD221", f"the network uses {name}, which is not on the list", REMEDY)
+        arguments, options = self.masks.finite(name, arguments), self.masks.finite(name, options)
         node: dict[str, Any] = {"call": name, "args": self._write(arguments)}
         if options:
             node["kwargs"] = self._write(options)
+        return self._appended(node, example)
+
+    def _appended(self, node: dict[str, Any], example: Any) -> Value:
         self.made.nodes.append(node)
         return Value({"node": len(self.made.nodes) - 1}, example)
 
@@ -228,12 +235,6 @@ class GraphWriter:
         if "node" in value.written and _squashes(last := self.made.nodes[value.written["node"]]):
             self.made.output = last["args"][0]
             self.made.cut = last["call"].removeprefix("_")
-
-
-def _run(name: str, arguments: list[Any], options: dict[str, Any]) -> Any:
-    if name == "getitem":
-        return arguments[0][arguments[1]]
-    return getattr(torch.ops.aten, name)(*arguments, **options)
 
 
 def _operator(node: fx.Node) -> tuple[str, bool]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from unhorse.checks import weight_files
 from unhorse.checks.expectations import Facts
-from unhorse.loading.readouts import LogitsOf, Readout, probed
+from unhorse.loading.probing import readout
+from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.loading.tensors import check_tensors
 from unhorse.loading.torch_reader import checkpoint
 from unhorse.rules import LoadFailed, LoadRefused
@@ -38,7 +39,7 @@ def read_huggingface(files: Sequence[BinaryIO], options: Mapping[str, Any], fact
         return Readout(None, facts, {"": tensors})
     model = _filled(config, tensors).eval()
     network = LogitsOf(model)
-    return Readout(network, probed(network, facts, options))
+    return readout(network, facts, options)
 
 
 def _json(beside: Mapping[str, BinaryIO], name: str) -> dict[str, Any]:

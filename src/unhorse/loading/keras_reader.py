@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts
-from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, probed
+from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Fed, expected
+from unhorse.loading.probing import readout
+from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
 INSTALL_REMEDY = "pip install 'unhorse[keras]'"
@@ -75,23 +77,22 @@ def _reading(read: Any) -> Any:
 
 def _readout(model: Any, options: Mapping[str, Any], facts: Facts) -> Readout:
     shapes = model.input_shape if isinstance(model.input_shape, list) else [model.input_shape]
-    if len(shapes) != 1 or len(shapes[0]) != 4:
-        raise LoadRefused("LD221", f"the model takes {shapes}, not one batch of images", CLASSIFIER_REMEDY)
-    batch, *sides = shapes[0]
+    if len(shapes) != 1:
+        raise LoadRefused("LD221", f"the model takes {len(shapes)} inputs, not one", CLASSIFIER_REMEDY)
     layers = list(_layers(model))
     channels_last = all(getattr(layer, "data_format", None) != "channels_first" for layer in layers)
-    height, width, channels = sides if channels_last else (*sides[1:], sides[0])
-    facts = replace(facts, image_shape=(channels, height, width), extra=facts.extra | _scaling(layers))
+    takes = expected(shapes[0], options.get("image_shape"), channels_last=channels_last)
+    facts = replace(facts, image_shape=takes.shape, extra=facts.extra | _scaling(layers))
     if any(_takes_bytes(layer) for layer in layers):
-        facts = replace(facts, mean=(0.0,), std=(1 / 255,))
+        facts = replace(facts, mean=BYTES_MEAN, std=BYTES_STD)
     for layer in model._flatten_layers():
         if layer.compute_dtype in ("float16", "bfloat16", "float64"):
             layer.dtype_policy = "float32"
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    network = LogitsOf(_Judging(model), channels_last=channels_last)
-    return Readout(network, probed(network, facts, options, batch=batch), batch=batch)
+    network = LogitsOf(Fed(_Judging(model), takes.layout))
+    return readout(network, facts, options, batch=takes.batch, notes=takes.notes)
 
 
 class _Judging(nn.Module):

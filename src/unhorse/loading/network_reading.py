@@ -23,7 +23,8 @@ from unhorse.loading.checkpoints import Fit, fitting, flattened
 from unhorse.loading.graph_writer import Traced
 from unhorse.loading.network_code import unconfined
 from unhorse.loading.network_imports import guarded, named_in, refused
-from unhorse.loading.readouts import USUAL_SHAPES, ImageShape, LogitsOf, probed
+from unhorse.loading.probing import USUAL_SHAPES, ImageShape, probed
+from unhorse.loading.readouts import LogitsOf
 from unhorse.loading.tensors import check_tensors
 from unhorse.loading.torch_reader import checkpoint
 from unhorse.loading.traced_values import own

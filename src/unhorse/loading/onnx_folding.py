@@ -15,6 +15,10 @@ EXTERNAL_REMEDY = (
 )
 
 
+_FLOAT_TYPES = (1, 10, 11, 16)  # float, half, double, bfloat16
+_WEIGHED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "BatchNormalization", "PRelu", "LayerNormalization")
+
+
 def with_data(model: onnx.ModelProto, beside: Mapping[str, BinaryIO]) -> None:
     """Puts the external data of every tensor into the model, from open files, never by path.
 
@@ -125,6 +129,22 @@ def widened(model: onnx.ModelProto) -> onnx.ModelProto:
             if attribute.name in ("to", "dtype", "stash_type") and attribute.i in other:
                 attribute.i = onnx.TensorProto.FLOAT
     return copy
+
+
+def check_weights(model: onnx.ModelProto) -> None:
+    """LD207 where a weight of a layer is not finite, or any constant is NaN; masks may be infinite."""
+    import numpy
+    import onnx
+
+    weights = {name for node in model.graph.node if node.op_type in _WEIGHED for name in node.input}
+    for tensor in _tensors(model.graph):
+        if tensor.data_type not in _FLOAT_TYPES:
+            continue
+        values = onnx.numpy_helper.to_array(tensor).astype("float32", copy=False)
+        if numpy.isnan(values).any() or (tensor.name in weights and not numpy.isfinite(values).all()):
+            remedy = "the training diverged or the file is damaged; export a healthy checkpoint"
+            what = f"the weights contain NaN or infinity, first in {tensor.name[:100]!r}"
+            raise LoadRefused("LD207", what, remedy)
 
 
 def is_narrow(model: onnx.ModelProto) -> bool:

@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from unhorse.checks.expectations import Facts, Sides
-from unhorse.loading.onnx_folding import folded, is_narrow, widened, with_data, without_idle_domains
+from unhorse.checks.expectations import Facts
+from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Expected, Fed, arranged, expected
+from unhorse.loading.onnx_folding import (
+    check_weights,
+    folded,
+    is_narrow,
+    widened,
+    with_data,
+    without_idle_domains,
+)
 from unhorse.loading.onnx_metadata import with_metadata
-from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, logits_in, probed
+from unhorse.loading.onnx_quantised import dequantised, has_quantised_activations, register_quantisers
+from unhorse.loading.probing import readout
+from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, logits_in
 from unhorse.rules import LoadFailed, LoadRefused
 
 if TYPE_CHECKING:
@@ -24,6 +34,9 @@ NARROW_TOLERANCE = 5e-2  # half precision keeps three digits, and a network has 
 MAX_MODEL_BYTES = 2**31 - 1
 INSTALL_REMEDY = "pip install 'unhorse[onnx]'"
 _FLOATS = ("float16", "float32", "float64")
+_UINT8 = 2
+_IMAGE_TYPES = (1, 10, 11, 16, _UINT8)  # float, half, double, bfloat16
+_NUMPY_TYPES = {"tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
 _EXPORT_REMEDY = "export it again with torch.onnx.export(..., opset_version=18) in float32"
 
 
@@ -32,7 +45,7 @@ def read_onnx(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Fact
 
     `options["names"]` names the files, the model first. Raises LD216 for its external data, LD221 where it
     is no image classifier, LD222 where converted network and ONNX Runtime disagree, LD224 where a library
-    is absent.
+    is absent, LD207 for weights that are not finite, LD235 for what is not supported.
     """
     _require_libraries()
     names = options["names"]
@@ -40,17 +53,21 @@ def read_onnx(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Fact
     without_idle_domains(model)
     with_data(model, dict(zip(names[1:], files[1:], strict=True)))
     runnable = _checked(model)
-    batch, channels_last, shape = _image_input(model)
-    facts = with_metadata(replace(facts, image_shape=shape))
-    network = LogitsOf(_converted(folded(widened(model))), channels_last=channels_last)
-    facts = probed(network, facts, options, batch=batch)
-    tolerance = NARROW_TOLERANCE if is_narrow(model) else TOLERANCE
-    session = _Session(runnable)
-    probes = _probes(facts.image_shape or ())
-    probes = probes.repeat(-(-(batch or 1) // 6), 1, 1, 1)[: (batch or 6) * max(1, 6 // (batch or 6))]
-    for images in probes.split(batch or 6):
-        _check_parity(network, session, images, tolerance)
-    return Readout(network, facts, batch=batch)
+    check_weights(model)
+    takes, bytes_in = _image_input(model, options)
+    facts = with_metadata(replace(facts, image_shape=takes.shape))
+    if bytes_in:
+        facts = replace(facts, mean=BYTES_MEAN, std=BYTES_STD)
+    converted = _converted(dequantised(folded(widened(model))))
+    found = readout(
+        LogitsOf(Fed(converted, takes.layout)), facts, options, batch=takes.batch, notes=takes.notes
+    )
+    narrow = is_narrow(model) or has_quantised_activations(model)
+    session, size = _Session(runnable), found.batch or 6
+    for images in _probes(found.facts.image_shape or (), size, bytes_in=bytes_in).split(size):
+        answers = session.run(arranged(images, takes.layout))
+        _check_parity(found.network, answers, images, NARROW_TOLERANCE if narrow else TOLERANCE)
+    return found
 
 
 def _require_libraries() -> None:
@@ -90,27 +107,27 @@ def _checked(model: onnx.ModelProto) -> bytes:
         ) from error
 
 
-def _image_input(model: onnx.ModelProto) -> tuple[int | None, bool, Sides]:
-    """The batch size (None if open), whether channels come last, and (c, h, w) with None where open."""
+def _image_input(model: onnx.ModelProto, options: Mapping[str, Any]) -> tuple[Expected, bool]:
+    """What the only input stands for, and whether it takes bytes (0..255); otherwise LD221 or LD235."""
     weights = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in weights]
     if len(inputs) != 1:
         raise LoadRefused("LD221", f"the model takes {len(inputs)} inputs, not one", CLASSIFIER_REMEDY)
     kind = inputs[0].type.tensor_type
     sizes = [size.dim_value if size.dim_value > 0 else None for size in kind.shape.dim]
-    if len(sizes) != 4 or kind.elem_type not in (1, 10, 11, 16):  # float, half, double, bfloat16
-        shape = "x".join("?" if size is None else str(size) for size in sizes)
-        what = f"the model takes {shape or 'a scalar'} of type {kind.elem_type}"
-        raise LoadRefused("LD221", f"{what}, not float images (n, c, h, w)", CLASSIFIER_REMEDY)
-    batch, first, height, last = sizes
-    if last in (1, 3) and first not in (1, 3):
-        return batch, True, (last, first, height)
-    return batch, False, (first, height, last)
+    if kind.elem_type not in _IMAGE_TYPES:
+        import onnx
+
+        name = onnx.TensorProto.DataType.Name(kind.elem_type).lower()
+        what = f"unhorse does not read models that take {name}; images are float or uint8"
+        raise LoadRefused("LD235", what, CLASSIFIER_REMEDY)
+    return expected(sizes, options.get("image_shape")), kind.elem_type == _UINT8
 
 
 def _converted(model: onnx.ModelProto) -> nn.Module:
     import onnx2fx
 
+    register_quantisers()
     try:
         return onnx2fx.convert(model)
     except (
@@ -123,22 +140,23 @@ def _converted(model: onnx.ModelProto) -> nn.Module:
         ) from error
 
 
-def _probes(shape: Sequence[int | None]) -> Tensor:
-    """Six images over the ranges that networks are trained on: standardised, 0..1 and 0..255."""
+def _probes(shape: Sequence[int | None], batch: int, *, bytes_in: bool) -> Tensor:
+    """At least six images over the ranges that networks are trained on: standardised, 0..1 and 0..255."""
     noise = torch.Generator().manual_seed(0)
     images = torch.randn(6, *shape, generator=noise)  # type: ignore[arg-type]
     spread = torch.tensor([1.0, 0.25, 64.0, 1.0, 0.25, 64.0]).reshape(-1, 1, 1, 1)
     middle = torch.tensor([0.0, 0.5, 128.0, 0.0, 0.5, 128.0]).reshape(-1, 1, 1, 1)
-    return images * spread + middle
+    images = images * spread + middle
+    if bytes_in:
+        images = (images * 255 / spread.clamp_max(64)).abs().round() % 256
+    return images.repeat(-(-batch // 6), 1, 1, 1)[: batch * max(1, 6 // batch)]
 
 
 @torch.no_grad()
-def _check_parity(network: LogitsOf, session: _Session, images: Tensor, tolerance: float) -> None:
+def _check_parity(network: Any, answers: list[Tensor], images: Tensor, tolerance: float) -> None:
     """LD222 unless ONNX Runtime answers as the network does, relative to how far its answers lie apart."""
     ours = network(images)
-    theirs = logits_in(
-        session.run(images.permute(0, 2, 3, 1) if network.channels_last else images), len(images)
-    ).float()
+    theirs = logits_in(answers, len(images)).float()
     # per image, and without what all logits share: neither a large constant nor a bright image makes room
     spread = (theirs - theirs.mean(1, keepdim=True)).abs().amax(1)
     scale = torch.maximum(spread, 1e-3 * theirs.abs().amax(1)).clamp_min(1e-6)
@@ -149,7 +167,7 @@ def _check_parity(network: LogitsOf, session: _Session, images: Tensor, toleranc
 
 
 class _Session:
-    """ONNX Runtime on one thread, without telemetry, fed from memory alone; what it cannot run is LD222."""
+    """ONNX Runtime on one thread, without telemetry, fed from memory alone; what it cannot run is LD235."""
 
     def __init__(self, runnable: bytes) -> None:
         import onnxruntime
@@ -166,7 +184,7 @@ class _Session:
     def run(self, images: Tensor) -> list[Tensor]:
         """All outputs that are floating-point tensors, in the order of the file."""
         wanted = self.session.get_inputs()[0]
-        kind = {"tensor(float16)": "float16", "tensor(double)": "float64"}.get(wanted.type, "float32")
+        kind = _NUMPY_TYPES.get(wanted.type, "float32")
         with _runtime_refusals():
             answers = self.session.run(None, {wanted.name: images.numpy().astype(kind)})
         return [torch.from_numpy(answer) for answer in answers if getattr(answer, "dtype", None) in _FLOATS]
@@ -190,4 +208,4 @@ def _runtime_refusals() -> Iterator[None]:
     except (*errors, RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = f"ONNX Runtime cannot run it ({reason[:200]})"
-        raise LoadRefused("LD222", what, _EXPORT_REMEDY) from error
+        raise LoadRefused("LD235", what, _EXPORT_REMEDY) from error

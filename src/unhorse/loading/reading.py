@@ -17,6 +17,9 @@ from torch import Tensor
 
 from unhorse.checks.inspection import check
 from unhorse.checks.sniff import sniff
+from unhorse.loading.graph_writer import Traced
+from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD
+from unhorse.loading.ranges import takes_bytes
 from unhorse.loading.readers import FOLDER_READER, READERS
 from unhorse.loading.readouts import Readout
 from unhorse.loading.tracing import trace
@@ -88,13 +91,29 @@ def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
         said = {"keys": list(readout.networks), "left_out": [line[:200] for line in readout.left_out[:100]]}
         return {"kind": "tensors", "facts": facts, **said}, to_safetensors(_untied(numbered))
     shape = [size for size in readout.facts.image_shape or () if size is not None]
-    traced = trace(readout.network, shape, batch=readout.batch)
+    traced = _traced(readout, shape)
+    if facts["mean"] is None and takes_bytes(traced.graph, traced.tensors):
+        facts |= {"mean": list(BYTES_MEAN), "std": list(BYTES_STD)}
     document = {
         "kind": "graph",
         "facts": facts,
         "graph": traced.graph,
         "num_classes": traced.num_classes,
-        "notes": list(traced.notes),
+        "notes": [*readout.notes, *traced.notes],
         "batch": readout.batch,
     }
     return document, to_safetensors(traced.tensors)
+
+
+def _traced(readout: Readout, shape: list[int]) -> Traced:
+    """The graph of the network; where there is none and a tensor is not finite, LD207 names that one."""
+    assert readout.network is not None
+    try:
+        return trace(readout.network, shape, batch=readout.batch)
+    except LoadRefused as refusal:
+        for name, tensor in (*readout.network.named_parameters(), *readout.network.named_buffers()):
+            if refusal.rule == "LD221" and tensor.is_floating_point() and not tensor.isfinite().all():
+                what = f"the weights contain NaN or infinity, first in {name.split('network.')[-1][:100]!r}"
+                remedy = "the training diverged or the file is damaged; export a healthy checkpoint"
+                raise LoadRefused("LD207", what, remedy) from refusal
+        raise

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, BinaryIO
 
 import torch
 
-from unhorse.checks.expectations import Facts
+from unhorse.checks.expectations import Facts, Sides
 from unhorse.loading.containers import Contents, contents
+from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Fed, Layout, expected, square
 from unhorse.loading.plain_checkpoints import plain_checkpoint
-from unhorse.loading.readouts import LogitsOf, Readout, probed
+from unhorse.loading.probing import readout, rows_taken
+from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.loading.tensors import check_tensors
 from unhorse.rules import LoadRefused
 
@@ -42,8 +44,31 @@ def read_torchscript(files: Sequence[BinaryIO], options: Mapping[str, Any], fact
         module = torch.jit.load(files[0], map_location="cpu")
     if hasattr(module, "training"):  # a frozen module has none, and is in eval mode
         module.eval()
-    network = LogitsOf(module.float())
-    return Readout(network, probed(network, facts, options))
+    module = module.float()
+    first: LoadRefused | None = None
+    for layout, shape in _layouts(module):
+        network = LogitsOf(Fed(module, layout))
+        notes = (
+            ()
+            if layout is Layout.FIRST
+            else (f"MD301 input layout assumed {layout}: the network runs on it",)
+        )
+        try:
+            return readout(network, replace(facts, image_shape=shape), options, notes=notes)
+        except LoadRefused as refusal:
+            if refusal.rule != "LD221":
+                raise
+            first = first or refusal
+    assert first is not None
+    raise first
+
+
+def _layouts(module: torch.nn.Module) -> Iterator[tuple[Layout, Sides | None]]:
+    """How a module that does not say it may want its images, the likely first, with a shape that is known."""
+    yield Layout.FIRST, None
+    if (shape := square(rows_taken(module))) is not None:
+        yield Layout.FLAT, shape
+    yield Layout.LAST, None
 
 
 def read_exported_program(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
@@ -52,17 +77,22 @@ def read_exported_program(files: Sequence[BinaryIO], options: Mapping[str, Any],
     program = torch.export.load(files[0], extra_files=extra)
     inputs = [node for node in program.graph.nodes if node.name in program.graph_signature.user_inputs]
     shapes = [node.meta["val"].shape for node in inputs if isinstance(node.meta.get("val"), torch.Tensor)]
-    if len(inputs) != 1 or len(shapes) != 1 or len(shapes[0]) != 4:
+    if len(inputs) != 1 or len(shapes) != 1:
         what = f"the program takes {len(inputs)} inputs" if len(inputs) != 1 else "the program takes no image"
         raise LoadRefused("LD221", what, "export it for one batch of images (n, c, h, w)")
-    batch, *sides = (size if isinstance(size, int) else None for size in shapes[0])
-    facts = replace(_with_card(facts, extra[_CARD_MEMBER]), image_shape=(sides[0], sides[1], sides[2]))
+    sizes = [size if isinstance(size, int) else None for size in shapes[0]]
+    takes = expected(sizes, options.get("image_shape"))
+    facts = replace(_with_card(facts, extra[_CARD_MEMBER]), image_shape=takes.shape)
+    if inputs[0].meta["val"].dtype is torch.uint8 and facts.mean is None:
+        facts = replace(facts, mean=BYTES_MEAN, std=BYTES_STD)
     module = program.module(check_guards=False)
-    for node in module.graph.nodes:
+    for node in list(module.graph.nodes):
         _judge_only(node)
+        if "_assert_tensor_metadata" in str(node.target):  # of the type that the images came in
+            module.graph.erase_node(node)
     module.recompile()
-    network = LogitsOf(module.float())
-    return Readout(network, probed(network, facts, options, batch=batch), batch=batch)
+    network = LogitsOf(Fed(module.float(), takes.layout))
+    return readout(network, facts, options, batch=takes.batch, notes=takes.notes)
 
 
 def _judge_only(node: torch.fx.Node) -> None:

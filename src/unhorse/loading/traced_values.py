@@ -95,3 +95,10 @@ def renumbered(value: Any, numbers: Mapping[int, int]) -> Any:
             for name, item in value.items()
         }
     return [renumbered(item, numbers) for item in value] if isinstance(value, list) else value
+
+
+def run(name: str, arguments: list[Any], options: dict[str, Any]) -> Any:
+    """What an operator of torch.ops.aten, or an index, gives for these arguments."""
+    if name == "getitem":
+        return arguments[0][arguments[1]]
+    return getattr(torch.ops.aten, name)(*arguments, **options)

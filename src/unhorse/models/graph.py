@@ -33,11 +33,13 @@ _LAYER_OPTIONS = {
     "BatchNorm1d": {"num_features", "eps", "momentum", "affine"},
     "BatchNorm2d": {"num_features", "eps", "momentum", "affine"},
 }
+_WITHOUT_META = frozenset({"fake_quantize_per_channel_affine", "fake_quantize_per_tensor_affine"})
 CREATING = frozenset({"arange", "eye", "full", "linspace", "ones", "scalar_tensor", "zeros"})
 """Operators that make a tensor from numbers, and so must be told where."""
 _OPERATORS_LISTED = """
 _adaptive_avg_pool2d _convolution _log_softmax _native_batch_norm_legit_no_training
-_scaled_dot_product_flash_attention_for_cpu _softmax abs adaptive_avg_pool1d adaptive_avg_pool2d
+_scaled_dot_product_flash_attention_for_cpu fake_quantize_per_channel_affine fake_quantize_per_tensor_affine
+_softmax abs adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_max_pool2d add addcdiv addcmul addmm amax amin arange argmax atan avg_pool1d avg_pool2d baddbmm
 batch_norm bitwise_and bmm cat ceil celu channel_shuffle chunk clamp clamp_max clamp_min concat
 constant_pad_nd conv1d conv2d conv_transpose2d convolution copysign cos cumsum div divide dot einsum elu
@@ -138,6 +140,8 @@ class Operator(nn.Module):
     def forward(self, *arguments: Any, **options: Any) -> Any:
         if self.name == "getitem":
             return operator.getitem(*arguments)
+        if self.name in _WITHOUT_META and arguments[0].is_meta:
+            return torch.empty_like(arguments[0])
         return getattr(torch.ops.aten, self.name)(*arguments, **options)
 
     def extra_repr(self) -> str:
