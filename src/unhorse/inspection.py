@@ -35,18 +35,17 @@ def inspect_models(
     """
     require_confinement((loading or {}).get("network"))
     todo = [_Look(path, loading or {}) for path in models]
-    outcomes = jobs.run(jobs.call, todo, workers=workers)
-    watched = outcomes if len(todo) == 1 else jobs.track("inspecting", outcomes, len(todo))
-    seen: dict[Path, ScannedModel] = {}
-    for outcome in watched:
-        path = outcome.item.path
-        failed = ScannedModel(str(path), inspected=True, error=f"the inspection failed: {outcome.error!r}")
-        seen[path] = outcome.value or failed
+    done = jobs.gather("the inspection", todo, workers=workers)
     return Report(
-        tuple(seen[path] for path in models),
+        tuple(
+            done.values.get(job.path)
+            or ScannedModel(str(job.path), inspected=True, error=done.errors[job.path])
+            for job in todo
+        ),
         command=tuple(command),
         environment=_environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        interrupted=done.interrupted,
     )
 
 

@@ -5,13 +5,16 @@ are the job's own, atomically renamed files: any engine goes on where another wa
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, as_completed
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 
 class Outcome(NamedTuple):
@@ -107,7 +110,7 @@ def _round(function: Job, items: Sequence[Any], workers: int) -> Generator[Outco
             try:
                 yield future.result()
             except BrokenProcessPool:
-                died = RuntimeError("its worker process died (killed or out of memory)")
+                died = WorkerDied("its worker process died (killed or out of memory)")
                 undone.append(Outcome(futures[future], None, died))
     finally:
         executor.shutdown(wait=False, kill_workers=True)
@@ -186,6 +189,61 @@ def track(label: str, items: Iterable[Any], total: int) -> Iterator[Any]:
         for item in items:
             yield item
             step()
+
+
+class FileJob(Protocol):
+    """A job about one file."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def __call__(self) -> Any: ...
+
+
+class Gathered(NamedTuple):
+    """What jobs came to, by path: a value or, in words, an error; and whether a signal ended them early."""
+
+    values: dict[Path, Any]
+    errors: dict[Path, str]
+    interrupted: bool
+
+
+def gather(what: str, todo: Sequence[FileJob], *, workers: int = 1) -> Gathered:
+    """Runs jobs about files, with progress if they are several; a signal (SIGINT, SIGTERM) ends them.
+
+    `what` names them in errors: "the scan".
+    """
+    values: dict[Path, Any] = {}
+    errors = {job.path: f"{what} was interrupted before it came to an end here" for job in todo}
+    outcomes: Iterable[Outcome] = run(call, todo, workers=workers)
+    try:
+        for outcome in outcomes if len(todo) == 1 else track(what, outcomes, len(todo)):
+            if outcome.error is None:
+                values[outcome.item.path] = outcome.value
+            else:
+                errors[outcome.item.path] = internal_error(what, outcome.error)
+    except KeyboardInterrupt:
+        return Gathered(values, errors, True)
+    return Gathered(values, errors, False)
+
+
+class WorkerDied(RuntimeError):
+    """The process or node that ran a job is gone, and with it what it knew."""
+
+
+def internal_error(what: str, error: BaseException | None) -> str:
+    """Words for an error that `what` ended with: it is ours, so no model is blamed, and our file is named."""
+    if isinstance(error, WorkerDied):
+        return f"{what} broke off: {error}"
+    package = f"{os.sep}unhorse{os.sep}"
+    frames = traceback.extract_tb(None if error is None else error.__traceback__)
+    places = [f"{frame.filename.rpartition(package)[2]}:{frame.lineno}" for frame in frames]
+    ours = [place for frame, place in zip(frames, places, strict=True) if package in frame.filename]
+    where = f", at unhorse{os.sep}{ours[-1]}" if ours else ""
+    return (
+        f"{what} broke off by a fault of unhorse or its installation, not of the model "
+        f"({type(error).__name__}: {error}{where}): install it again, or report this line"
+    )
 
 
 def say(text: str) -> None:

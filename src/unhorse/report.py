@@ -35,7 +35,7 @@ PAGE_BYTES = 3_000_000
 @dataclass(frozen=True)
 class Report:
     """All models, guards and repairs of one command (argv); `environment`: versions, device, seed ...;
-    `created`: ISO 8601; `warnings` concern no single model.
+    `created`: ISO 8601; `warnings` concern no single model; `interrupted`: a signal ended the command early.
     """
 
     models: tuple[ScannedModel, ...] = ()
@@ -45,14 +45,17 @@ class Report:
     guards: tuple[GuardedModel, ...] = ()
     repairs: tuple[RepairedModel, ...] = ()
     warnings: tuple[str, ...] = ()
+    interrupted: bool = False
 
 
 def exit_code(report: Report, fail_on: str = Severity.MEDIUM) -> int:
-    """1 a finding at or above `fail_on` that is not suppressed, else 2 a model not judged or not opened, 3 no
-    models, 0 otherwise.
+    """130 interrupted, 1 a finding at or above `fail_on` that is not suppressed, else 2 a model not judged or
+    not opened, 3 no models, 0 otherwise.
     """
     if fail_on not in tuple(Severity):
         raise ValueError(f"fail_on is {fail_on!r}: use one of {', '.join(Severity)}")
+    if report.interrupted:
+        return 130
     if not report.models:
         return 3
     least = Severity(fail_on).rank or 1 + Severity.HIGH.rank
@@ -70,7 +73,10 @@ def save(
     junit: Path | None = None,
     cyclonedx: Path | None = None,
 ) -> None:
-    """Write the files asked for; a reader sees the old file or the whole new one, never a part."""
+    """Write the files asked for; a reader sees the old file or the whole new one, never a part.
+
+    OSError, after all others are written, names the files that could not be.
+    """
     writers: tuple[tuple[Path | None, Callable[[Report], str]], ...] = (
         (html, to_html),
         (json, dumps),
@@ -78,9 +84,16 @@ def save(
         (junit, to_junit),
         (cyclonedx, lambda report: _text(to_cyclonedx(report))),
     )
+    problems = []
     for path, write in writers:
-        if path is not None:
+        if path is None:
+            continue
+        try:
             _replace(Path(path), write(report))
+        except OSError as error:
+            problems.append(f"{path} is not written ({error.strerror or error})")
+    if problems:
+        raise OSError("; ".join(problems))
 
 
 def dumps(report: Report) -> str:
@@ -114,7 +127,8 @@ def to_json(report: Report) -> dict[str, object]:
         "command": list(report.command),
         "environment": finite(report.environment),
         "summary": {verdict: counts[verdict] for verdict in ORDER},
-        "incomplete": any(map(incomplete, report.models)),
+        "incomplete": report.interrupted or any(map(incomplete, report.models)),
+        "interrupted": report.interrupted,
         "warnings": [plain(text, PROSE_LENGTH) for text in report.warnings],
         "models": [*map(model_json, report.models)],
     }

@@ -102,24 +102,24 @@ def scan_models(
     models: Sequence[Path], request: Request, *, workers: int = 1, command: Sequence[str] = ()
 ) -> Report:
     """Scans every model, each on its own: what fails is reported and stops nothing."""
+    problem = ScanCache(cache_folder() / "scans").problem() if request.cached else None
+    if problem is not None:
+        say(f"warning: {problem}")
     reference = None
     require_confinement(request.loading.get("network"))
     if request.reference is not None:
         reference = build_reference(request, workers=workers)
         say(f"reference: {len(reference.scores)} benign models of {request.reference}")
     todo = [_Scan(path, request, reference) for path in models]
-    scanned: dict[Path, tuple[ScannedModel, ...]] = {}
-    outcomes = jobs.run(jobs.call, todo, workers=workers)
-    watched = outcomes if len(todo) == 1 else jobs.track("scanning", outcomes, len(todo))
-    for outcome in watched:
-        path = outcome.item.path
-        failed = ScannedModel(str(path), error=f"the scan failed: {outcome.error!r}")
-        scanned[path] = outcome.value or (failed,)
+    done = jobs.gather("the scan", todo, workers=workers)
+    unseen = {path: (ScannedModel(str(path), error=words),) for path, words in done.errors.items()}
     return Report(
-        tuple(network for path in models for network in scanned[path]),
+        tuple(network for path in models for network in done.values.get(path) or unseen[path]),
         command=tuple(command),
         environment=environment(request.device) | {"effort": request.effort, "seed": request.seed},
         created=datetime.now(UTC).isoformat(timespec="seconds"),
+        warnings=() if problem is None else (problem,),
+        interrupted=done.interrupted,
     )
 
 
@@ -185,7 +185,8 @@ class _Scan:
             keys = ", ".join(network.key for network in file.networks)
             say(f"{self.path}: {len(file.networks)} different networks, each is scanned: {keys}")
         scanned = tuple(self._scanned_network(network, file) for network in file.networks)
-        if all(one.result and one.result.verdict is not Verdict.UNDECIDED for one in scanned):
+        judged = all(one.result and one.result.verdict is not Verdict.UNDECIDED for one in scanned)
+        if self.request.cached and judged:
             kept.write(self._key(file.sha256), scanned)
         return scanned
 

@@ -6,8 +6,10 @@ import hashlib
 import json
 import math
 import os
+import tempfile
 import uuid
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import StrEnum
 from functools import cache
@@ -51,16 +53,28 @@ class ScanCache:
         whole = isinstance(found, tuple) and all(isinstance(one, ScannedModel) for one in found)
         return found if whole else ()
 
+    def problem(self) -> str | None:
+        """Why nothing can be kept here, and what to do; None where it can."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, prefix="."):
+                return None
+        except OSError as error:
+            return (
+                f"the cache {self.folder} cannot be written ({error.strerror or error}), so scans are not "
+                "kept: name a folder in UNHORSE_CACHE, or pass --no-cache"
+            )
+
     def write(self, key: str, scanned: tuple[ScannedModel, ...]) -> None:
-        """Keeps the scans of one file; another process may do the same at the same time."""
+        """Keeps the scans of one file, where that can be; another process may do the same meanwhile."""
         tensors: dict[str, Tensor] = {}
         document = packed(scanned, tensors)
-        self.folder.mkdir(parents=True, exist_ok=True)
         draft = self.folder / f".{uuid.uuid4().hex}"
-        try:
+        with suppress(OSError, safetensors.SafetensorError):  # problem() told of it before the scan
+            self.folder.mkdir(parents=True, exist_ok=True)
             save_file(tensors, draft, {"scan": json.dumps(document)})
             draft.replace(self.folder / f"{key}.safetensors")
-        finally:
+        with suppress(OSError):
             draft.unlink(missing_ok=True)
 
 

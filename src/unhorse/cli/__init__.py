@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from unhorse.cli.diagnosing import doctor
 from unhorse.cli.explaining import explain
 from unhorse.cli.guarding import guard_app
 from unhorse.cli.inspecting import convert, inspect
-from unhorse.cli.output import command_line
+from unhorse.cli.output import INTERRUPTED, command_line
 from unhorse.cli.populations import benchmark, simulate, zoo_app
 from unhorse.cli.repairing import repair
 from unhorse.cli.scanning import scan, scanner_app
@@ -65,7 +66,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except CycloptsError:
         return 4
     except KeyboardInterrupt:
-        say("interrupted; what was finished is kept, call again to go on")
+        say(INTERRUPTED)
         return 130
     except (LoadRefused, LoadFailed) as error:  # their words may come from a hostile file
         say(f"error: {plain(error, PROSE_LENGTH)}")
@@ -80,5 +81,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def main() -> None:
-    """The entry point of the `unhorse` command."""
+    """The entry point of the `unhorse` command; SIGTERM interrupts it as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(run())

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from cyclopts import App, Parameter
 
 from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, OUTPUT, ModelOptions
-from unhorse.cli.output import command_line, show
+from unhorse.cli.output import check_writable, command_line, show
 from unhorse.jobs import say
 
 Split = Literal["train", "valid", "test"]
@@ -79,6 +79,7 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     started = time.monotonic()
     folder = Path("runs") / f"guard-{model.resolve().stem}" if output is None else output
     guard_runs.check_folder(folder)
+    check_writable({"html": html, "json": json, "output": None if folder.exists() else folder})
     request = guard_runs.FitRequest(
         filter, filter_size, epochs, None if hard else fpr, policy, seed, mask_norm=mask_norm
     )
@@ -133,6 +134,7 @@ def evaluate(  # noqa: PLR0913 - one parameter per flag
     if target is not None and trojaned is None:
         raise ValueError("--target belongs to --trojaned: a victim's card knows its own target")
     started = time.monotonic()
+    check_writable({"html": html, "json": json})
     loaded, record = load_guard(guard), guard_runs.read_record(guard)
     loaded.model.to(survey.choose_device(device))
     source = ImageSource(clean, split, labels, unlabelled)
@@ -176,6 +178,7 @@ def apply(
     from unhorse.cli import applying
     from unhorse.monitors.guard import load_guard
 
+    check_writable({"json": json})
     loaded = load_guard(guard)
     loaded.model.to(survey.choose_device(device))
     judged = applying.judge(loaded, applying.image_files(images), output)

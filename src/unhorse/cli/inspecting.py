@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, TERMINAL_ONLY, ModelOptions, ReportOptions
-from unhorse.cli.output import command_line, delivery
+from unhorse.cli.output import check_writable, command_line, delivery
 from unhorse.jobs import say
 
 
@@ -46,6 +46,7 @@ def convert(
     """Open a model file in the sandbox and write it as safetensors or ONNX, which run no code."""
     from unhorse.model_files import load, prepare, write_model
 
+    check_writable({"output": output if output.suffix else None})
     prepare([model])
     if output.exists() and (output.is_dir() != (output.suffix == "")):
         raise ValueError(f"{output} exists: choose another name")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,42 +16,77 @@ if TYPE_CHECKING:
     from unhorse.report import Report
 
 
+INTERRUPTED = "interrupted; what was finished is kept, call again to go on"
+
+
+def check_writable(files: Mapping[str, Path | None]) -> None:
+    """ValueError for the first file, by its flag, that could not be written: to be called before any work."""
+    for flag, path in files.items():
+        if path is None:
+            continue
+        remedy = f"choose another place for --{flag}"
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: {remedy}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from error
+
+
 def show(result: Report, html: Path | None, json: Path | None) -> None:
     """Prints the terminal's table and writes the page and the JSON where they are asked for."""
+    _print_and_save(result, {"html": html, "json": json})
+
+
+def _print_and_save(result: Report, files: Mapping[str, Path | None]) -> None:
     from rich.console import Console
 
     from unhorse import report
 
     Console().print(report.to_terminal(result))
-    report.save(result, html=html, json=json)
-    for path in (html, json):
-        if path is not None:
+    problems = ""
+    try:
+        report.save(result, **files)
+    except OSError as error:
+        problems = str(error)
+        say(f"warning: {problems}")
+    for path in files.values():
+        if path is not None and f"{path} is not written" not in problems:
             say(f"written: {path}")
 
 
 def delivery(options: ReportOptions) -> Callable[[Report], int]:
     """Gives a function that prints and writes a report and returns the exit code, what is suppressed not
-    counted. Configuration and baseline are read at once: an error in them costs no scan.
+    counted. Configuration, baseline and places to write to are tried at once: an error costs no scan.
     """
     from unhorse import suppression
+
+    check_writable(options.files())
 
     config = suppression.read_config(options.config)
     baseline = frozenset() if options.baseline is None else suppression.read_baseline(options.baseline)
 
     def deliver(result: Report) -> int:
-        from rich.console import Console
-
         from unhorse import report
 
         result = suppression.apply(result, config, baseline)
-        Console().print(report.to_terminal(result))
-        report.save(result, **options.files())
-        for path in options.files().values():
-            if path is not None:
-                say(f"written: {path}")
+        _print_and_save(result, options.files())
+        if result.interrupted:
+            say(INTERRUPTED)
         return report.exit_code(result, options.fail_on)
 
     return deliver
+
+
+def interrupted(models: Sequence[Path]) -> Report:
+    """The report of a command that a signal ended before it came to the first of its models."""
+    from unhorse.report import Report, ScannedModel
+
+    error = "interrupted before this model was opened"
+    unseen = tuple(ScannedModel(str(path), error=error) for path in models)
+    return Report(unseen, command=command_line(), interrupted=True)
 
 
 def command_line() -> tuple[str, ...]:

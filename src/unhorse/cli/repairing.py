@@ -11,7 +11,7 @@ from cyclopts import Parameter
 
 from unhorse.cli.guarding import Clean, Device, Html, Json, Labels, Split
 from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, OUTPUT, ModelOptions
-from unhorse.cli.output import command_line, show
+from unhorse.cli.output import check_writable, command_line, show
 from unhorse.cli.scanning import Effort
 from unhorse.jobs import say
 
@@ -63,6 +63,7 @@ def repair(  # noqa: PLR0913 - one parameter per flag
     started = time.monotonic()
     folder = Path("runs") / f"repaired-{model.resolve().stem}" if output is None else output
     repair_runs.check_folder(folder)
+    check_writable({"html": html, "json": json, "output": None if folder.exists() else folder})
     request = repair_runs.RepairRequest(method, epochs, scanner, effort, seed)
     request.make_repair(images=1)  # refuses a flag that does not fit the method before anything is read
     classifier = survey.load(model, options.loading()).to(survey.choose_device(device))

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
+from unhorse.cli.labels import read_class_names
 from unhorse.cli.options import (
     AS_THE_FILE_SAYS,
     COMPUTE,
@@ -17,7 +18,7 @@ from unhorse.cli.options import (
     ModelOptions,
     ReportOptions,
 )
-from unhorse.cli.output import command_line, delivery, epochs_progress
+from unhorse.cli.output import command_line, delivery, epochs_progress, interrupted
 from unhorse.jobs import say
 
 Effort = Literal["quick", "standard", "deep"]
@@ -49,7 +50,7 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     seed: Annotated[int, Parameter(group=COMPUTE)] = 0,
     jobs: Annotated[int, Parameter(group=COMPUTE, help="Models at a time.")] = 1,
     labels: Annotated[
-        Path | None, Parameter(group=MODEL, help="Text file with one class name a line.")
+        Path | None, Parameter(group=MODEL, help="Class names: a text file with one a line, or JSON.")
     ] = None,
     options: ModelOptions = AS_THE_FILE_SAYS,
     timeout: Annotated[
@@ -65,23 +66,26 @@ def scan(  # noqa: PLR0913 - one parameter per flag
 
     deliver = delivery(output)
     models = find_models(paths)
-    if jobs == 1:
-        prepare(models)
-    from unhorse.survey import Request, scan_models
+    names = None if labels is None else read_class_names(labels)
+    try:
+        if jobs == 1:
+            prepare(models)
+        from unhorse.survey import Request, scan_models
 
-    request = Request(
-        scanner=scanner,
-        reference=reference,
-        clean=clean,
-        effort=effort,
-        device=device,
-        seed=seed,
-        loading=options.loading()
-        | {"class_names": None if labels is None else labels.read_text(encoding="utf-8").splitlines()},
-        timeout=timeout,
-        cached=use_cache,
-    )
-    return deliver(scan_models(models, request, workers=jobs, command=command_line()))
+        request = Request(
+            scanner=scanner,
+            reference=reference,
+            clean=clean,
+            effort=effort,
+            device=device,
+            seed=seed,
+            loading=options.loading() | {"class_names": names},
+            timeout=timeout,
+            cached=use_cache,
+        )
+        return deliver(scan_models(models, request, workers=jobs, command=command_line()))
+    except KeyboardInterrupt:
+        return deliver(interrupted(models))
 
 
 @scanner_app.command

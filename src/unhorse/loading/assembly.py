@@ -100,16 +100,20 @@ def overridden(
     model: Classifier, num_classes: int | None, class_names: Sequence[str] | None, given: Normalisation | None
 ) -> Classifier:
     """The model with what the user said; LoadRefused LD211 where that contradicts the weights."""
-    for asked in (num_classes, None if class_names is None else len(class_names)):
-        if asked not in (None, model.num_classes):
-            raise contradiction(
-                f"the weights have {model.num_classes} classes, not {asked}", "leave --classes out"
-            )
+    if num_classes not in (None, model.num_classes):
+        raise contradiction(
+            f"the weights have {model.num_classes} classes, not {num_classes}", "leave --classes out"
+        )
+    if class_names is not None and len(class_names) != model.num_classes:
+        what = f"{len(class_names)} class names were given, and the weights have {model.num_classes} classes"
+        raise contradiction(what, f"name {model.num_classes} classes in --labels")
     channels = model.image_shape[0]
     if given and not {len(given.mean), len(given.std)} <= {1, channels}:
         counts = f"{len(given.mean)} means and {len(given.std)} deviations for {channels} channels"
         raise contradiction(counts, f"give 1 or {channels} of each to --mean and --std")
     kept = model.assumptions
+    if class_names is not None:
+        kept = tuple(line for line in kept if not line.startswith("MD302"))
     if given:
         kept = tuple(line for line in kept if not line.startswith("MD301 input normalisation"))
     return Classifier(

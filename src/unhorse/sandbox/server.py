@@ -31,7 +31,7 @@ _SET = {
 }
 # large pages: half the time of a fork, and nothing where the system has none
 _HEAVY = {"PYTHONMALLOC": "malloc", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
-_START_SECONDS, _END_SECONDS, _CLOSE_SECONDS = 120.0, 5.0, 2.0
+_START_SECONDS, _END_SECONDS, _CLOSE_SECONDS = 120.0, 5.0, 0.5
 
 
 class Parcel(NamedTuple):
