@@ -13,6 +13,7 @@ import decimal
 import enum
 import functools
 import io
+import json
 import lzma
 import pathlib
 import pickle
@@ -189,6 +190,15 @@ def tricks() -> dict[str, bytes]:
         "xz": lzma.compress(system),
         "magic-of-torch-by-a-call": b"\x80\x02cos\nsystem\nVtrue\n\x85R." + pickle.dumps(1001, 2),
     }
+
+
+def keras_model(*classes: str, protocol: int = 4) -> bytes:
+    """A pickled Keras model: a call of Keras' own function on a .keras archive in bytes."""
+    layers = [{"class_name": name, "config": {"name": name.lower()}} for name in classes]
+    config = json.dumps({"class_name": "Sequential", "config": {"layers": layers}}).encode()
+    archive = io.BytesIO(_zip(config__json=config, metadata__json=b"{}"))
+    pickled = pickle.dumps(archive, protocol)[2:-1]
+    return b"\x80\x04ckeras.src.saving.keras_saveable\nKerasSaveable._unpickle_model\n" + pickled + b"\x85R."
 
 
 def _bytes(raw: bytes) -> bytes:

@@ -10,6 +10,7 @@ import ast
 import bz2
 import io
 import lzma
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from typing import Any, BinaryIO
 
 from unhorse.checks.foreign_formats import foreign_format
 from unhorse.checks.kinds import EXPORT_REMEDY, Format, refused_kind
+from unhorse.checks.pickle_machine import follow
 from unhorse.checks.pickle_start import is_pickle
 from unhorse.checks.pickles import check_whole_pickle
 from unhorse.rules import LoadFailed, LoadRefused
@@ -30,13 +32,18 @@ _PACKERS: dict[bytes, Callable[[], Any]] = {
     b"\xfd7zXZ": lzma.LZMADecompressor,
     b"\x5d\0\0": lambda: lzma.LZMADecompressor(lzma.FORMAT_ALONE),
 }
+MAX_CONFIGURATION = 32 * 2**20
+_KERAS_CODE = re.compile(rb'"(Lambda|__lambda__|TFOpLambda|SlicingOpLambda)"')
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError, OSError)
 _UNPACK_ERRORS = (zlib.error, OSError, EOFError, lzma.LZMAError)
 
 
 def check_carrier(stream: BinaryIO, kind: Format, name: str) -> None:
     """Refuses a file of a kind that is looked into; LoadFailed where it is damaged."""
     if kind is Format.TORCH_LEGACY_PICKLE:
-        check_whole_pickle(_read(stream, name), name, str(kind))
+        data = _read(stream, name)
+        _check_networks(data, name)
+        check_whole_pickle(data, name, str(kind))
     elif kind is Format.NUMPY:
         _check_array(stream, name)
     elif kind in (Format.NUMPY_ZIP, Format.PICKLE_ZIP):
@@ -52,6 +59,22 @@ def _read(stream: BinaryIO, name: str) -> bytes:
     if len(data) > MAX_BYTES:
         raise LoadRefused("LD208", f"{name} is a pickle of more than 512 MiB", EXPORT_REMEDY)
     return data
+
+
+def _check_networks(data: bytes, name: str) -> None:
+    """Refuses a pickled Keras model for code in the archive that it is: Keras opens it without safe mode."""
+    if b"keras" not in data:
+        return
+    for text in follow(data).texts:
+        if text.startswith(b"PK"):
+            try:
+                with zipfile.ZipFile(io.BytesIO(text)) as archive, archive.open("config.json") as opened:
+                    config = opened.read(MAX_CONFIGURATION)
+            except (*_ZIP_ERRORS, KeyError):
+                continue
+            if found := _KERAS_CODE.search(config):
+                what = f"the Keras model pickled in {name} has a {found[1].decode()}, which is code"
+                raise LoadRefused("LD218", what, "ask the publisher for a model of standard layers")
 
 
 def _check_array(stream: BinaryIO, name: str) -> None:
@@ -79,7 +102,7 @@ def _check_members(stream: BinaryIO, name: str) -> None:
                 with archive.open(member) as opened:
                     content = io.BytesIO(opened.read(MAX_BYTES))
                 _only_if_grave(content, f"{name}, {member.filename[:100]!r}")
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, EOFError) as error:
+    except _ZIP_ERRORS as error:
         raise LoadFailed(f"{name} cannot be unpacked ({str(error)[:100]})") from error
 
 

@@ -39,11 +39,9 @@ def follow(pickled: bytes, start: int = 0, *, arrays: bool = False, depth: int =
     stream.seek(start)
     machine = _Machine(Reading(), stream, arrays=arrays and depth < opcodes.MAX_NESTED, depth=depth)
     reading = machine.reading
-    count = 0
     try:
-        for opcode, argument, place in opcodes.operations(stream):
-            count += 1
-            if count > opcodes.MAX_OPCODES:
+        for count, (opcode, argument, place) in enumerate(opcodes.operations(stream)):
+            if count >= opcodes.MAX_OPCODES:
                 reading.problem = f"it has more than {opcodes.MAX_OPCODES} operations"
                 break
             if opcode.name == "PROTO" and place != start:
@@ -148,6 +146,8 @@ class _Machine:
             return
         if isinstance(callee, Global) and callee in RECONSTRUCTORS:
             self.reading.use(callee, "call")
+            if len(items) > 1 and isinstance(items[1], Global):
+                self.reading.use(items[1], "call")  # the base, whose __init__ is called
             callee, how = (items[0] if items else None), "new"
             arguments = items[1:]
         if callee == LOAD_FROM_BYTES and len(items) == 1 and (inner := bytes_of(items[0])) is not None:

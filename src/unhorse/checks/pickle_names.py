@@ -166,6 +166,12 @@ CALLED: dict[str, Set[str]] = {
     "sklearn.neighbors._ball_tree": {"newObj"},
     "sklearn.metrics._dist_metrics": {"newObj"},
     "sklearn.utils._bunch": {"Bunch"},
+    # a Keras model in a pickle is a .keras archive in bytes, which carriers.py looks into
+    "keras.src.saving.keras_saveable": {"KerasSaveable._unpickle_model"},
+    **dict.fromkeys(
+        tuple(f"{package}.saving.pickle_utils" for package in ("keras", "keras.src", "tf_keras.src")),
+        {"deserialize_model_from_bytecode"},
+    ),
 }
 STRICT = {"torch", "numpy"}
 """Packages whose functions run code under many names: a call that is on no list is high."""
@@ -202,7 +208,7 @@ HIGH_IN_MODELS: dict[str, Set[str] | None] = {  # None: everything below the mod
         *("savetxt", "fromregex", "f2py", "ctypeslib", "testing", "distutils", "frompyfunc", "vectorize"),
         *("apply_along_axis", "apply_over_axes", "fromfunction", "piecewise", "DataSource", "tofile"),
     },
-    "numpy.core.memmap": None,
+    **dict.fromkeys(("numpy.core.memmap", "numpy._core.memmap")),
     "pandas": {"read_pickle", "eval", "read_csv", "read_hdf", "read_sql", "read_html", "read_json"},
     "joblib": {"load", "dump", "Memory", "Parallel"},
     "joblib.numpy_pickle": {"load", "dump", "_unpickle", "NDArrayWrapper", "ZNDArrayWrapper"},

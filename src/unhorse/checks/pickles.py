@@ -100,7 +100,7 @@ def check_whole_pickle(data: bytes, name: str, kind: str) -> None:
     """
     found = whole_contents(data)
     if found.worst is Danger.HIGH:
-        raise refused(f"the pickle {found.said(Danger.HIGH)}", name)
+        raise refused(f"the pickle in {name} {found.said(Danger.HIGH)}")
     if found.worst is Danger.CALL:
         raise unknown_call(found, name)
     if found.reading.cut:
@@ -192,7 +192,7 @@ def _inside(found: Contents) -> str:
     return f"; it names {', '.join(names)}" if names else ""
 
 
-def refused(what: str, where: str) -> LoadRefused:
+def refused(what: str, where: str = "data.pkl") -> LoadRefused:
     """The refusal of a pickle: LD205, with the member it stands in."""
     return LoadRefused("LD205", f"{what} ({where})" if where != "data.pkl" else what, PICKLE_REMEDY)
 
