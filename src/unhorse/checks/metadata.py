@@ -12,7 +12,7 @@ _SIGNS: dict[str, re.Pattern[str]] = {
         r"<\s*(script|iframe|object|embed|svg|img)\b|javascript:|\bon(error|load)\s*=", re.I
     ),
     "code": re.compile(
-        r"__\w+__|\b(eval|exec|compile|getattr|system|popen|open|loads|b64decode)\s*\(|\bimport\s+[a-z_]\w*\b"
+        r"__\w+__|\b(eval|exec|compile|getattr|system|popen|open|loads|b64decode)\s*\(|(^|[;\n'\"])\s*(import\s+[a-z_][\w.]*\s*($|[;\n,]|as\b)|from\s+[\w.]+\s+import\b)"
         r"|\b(os|subprocess|socket|shutil|ctypes|pickle|marshal)\.\w+|\blambda\b[^:]{0,40}:|\bdef\s+\w+\s*\("
         r"|\{\{.{0,200}\}\}|\{%.{0,200}%\}|<%|<\?php|\$\{.{0,80}\}",
         re.DOTALL,

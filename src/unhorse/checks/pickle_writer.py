@@ -65,7 +65,9 @@ class _Writer:
             raw = value.encode("utf-8", "surrogatepass")
             self.out += b"X" + struct.pack("<I", len(raw)) + raw
         elif isinstance(value, bytes | bytearray):
+            self.out += b"c_codecs\nencode\n("
             self.write(bytes(value).decode("latin-1"), depth)
+            self.out += b"X\6\0\0\0latin1tR"
         elif isinstance(value, Global):
             self.out += f"c{value.module}\n{value.name}\n".encode()
         elif isinstance(value, tuple):
