@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import collections
+import datetime
 import json
 import warnings
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -88,7 +92,20 @@ FORMS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     },
     "wrapped": lambda state: {"model": {f"module.{name}": tensor for name, tensor in state.items()}},
     "net": lambda state: {"net": state, "acc": 93.1},
+    "protocol-4": lambda state: state,
+    "before-1.6-protocol-4": lambda state: state,
+    "numpy-beside": lambda state: {"state_dict": state, "best": np.float64(93.4), "index": np.arange(20)},
+    "arguments-beside": lambda state: {
+        **{"state_dict": state, "args": argparse.Namespace(lr=0.1, data=Path("data")), "epoch": 2},
+        **{"when": datetime.datetime(2020, 1, 1), "sched": collections.defaultdict(dict)},
+    },
 }
+SAVED: dict[str, dict[str, Any]] = {
+    "protocol-4": {"pickle_protocol": 4},
+    "before-1.6-protocol-4": {"pickle_protocol": 4, "_use_new_zipfile_serialization": False},
+    "arguments-beside": {"pickle_protocol": 5},
+}
+"""How torch.save is asked to write a form, where that is not as usual."""
 SHORTENED = {"half": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -119,7 +136,7 @@ def _state_dict(path: Path, *, name: str, form: str) -> Outputs:
     if path.suffix == ".safetensors":
         save_file({key: value.contiguous() for key, value in state.items()}, path)
     else:
-        torch.save(state, path)
+        torch.save(state, path, **SAVED.get(form, {}))
     return outputs_of(network, SHAPES[name], tells_size=False)
 
 

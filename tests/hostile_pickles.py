@@ -257,6 +257,18 @@ def fill(corpus: Corpus) -> None:
         corpus.add(f"pickle/bare-{name}", "LD205", made)
     _add_loads(corpus)
     _add_containers(corpus)
+    _add_peers(corpus)
+
+
+def _add_peers(corpus: Corpus) -> None:
+    """Pickles in the manner of other scanners' test corpora; they call `true`."""
+    from peer_pickles import keras_model, tricks
+
+    for name, content in tricks().items():
+        corpus.add(f"pickle/hidden-{name}", "LD205", content)
+    corpus.add("pickle/keras-with-lambda", "LD218", keras_model("Dense", "Lambda"))
+    corpus.add("pickle/unknown-function", "LD240", two(called("mypackage.build", "make", text("true"))))
+    corpus.add("torch/unknown-function", "LD240", torch_zip(state(tensor(), called("mypackage", "make"))))
 
 
 def _add_loads(corpus: Corpus) -> None:

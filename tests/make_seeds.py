@@ -5,13 +5,19 @@ They are kept, not made when needed, so that the number of a mutant always means
 
 from __future__ import annotations
 
+import argparse
 import os
+import pickle
 import warnings
 from pathlib import Path
 
+import joblib
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from foreign_files import foreign
 
 SEEDS = Path(__file__).with_name("seeds")
 
@@ -30,7 +36,24 @@ def write_seeds(folder: Path) -> None:
         torch.jit.save(torch.jit.trace(network, images), folder / "tiny.torchscript")
         torch.export.save(torch.export.export(network, (images,)), folder / "tiny.pt2")
         torch.onnx.export(network, (images,), str(folder / "tiny.onnx"), dynamo=False, opset_version=17)
+    write_pickles(folder, network)
     _write_keras(folder)
+
+
+def write_pickles(folder: Path, network: nn.Module) -> None:
+    """A checkpoint with values beside the weights, one of before PyTorch 1.6, and files not opened."""
+    checkpoint = {
+        "state_dict": network.state_dict(),
+        "best": np.float64(1),
+        "args": argparse.Namespace(lr=0.1),
+    }
+    torch.save(checkpoint, folder / "values.pt", pickle_protocol=4)
+    torch.save(network.state_dict(), folder / "old.pth", _use_new_zipfile_serialization=False)
+    arrays = {"a": np.arange(8.0), "b": np.array(["x", None], dtype=object), "c": np.arange(3, dtype="u1")}
+    joblib.dump(arrays, folder / "arrays.joblib")
+    (folder / "text.pkl").write_bytes(pickle.dumps({"a": np.arange(3), "b": [1, "two", 3.0]}, 0))
+    np.save(folder / "objects.npy", arrays["b"])
+    (folder / "tiny.mlmodel").write_bytes(foreign()["net.mlmodel"][1])
 
 
 def _write_keras(folder: Path) -> None:
