@@ -284,7 +284,7 @@ def test_doctor_says_how_files_are_confined_and_which_extras_are_there(tmp_path,
     assert run(["doctor", "--json", str(tmp_path / "here.json")]) == 0
     found = json.loads((tmp_path / "here.json").read_text())
     assert found["sandbox"] in list(Tier) and f"sandbox: {found['sandbox']}" in capsys.readouterr().out
-    assert found["extra keras"] == "lacks keras; for Keras files: pip install 'unhorse[keras]'"
+    assert found["extra keras"] == "lacks keras; for Keras files: pip install keras h5py"
     assert found["extra onnx"].startswith(f"onnx {version('onnx')}, onnxruntime ")
 
 

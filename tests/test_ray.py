@@ -2,7 +2,6 @@
 
 import ast
 import os
-import re
 import signal
 import socket
 import sys
@@ -105,7 +104,7 @@ def test_ray_is_imported_by_one_file_and_only_when_it_is_asked_for():
 def test_a_missing_ray_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.delitem(sys.modules, "unhorse.ray_jobs", raising=False)
-    with pytest.raises(ValueError, match=re.escape("pip install 'unhorse[ray]'")), jobs.engine("ray"):
+    with pytest.raises(ValueError, match="pip install ray"), jobs.engine("ray"):
         pass
 
 

@@ -235,7 +235,7 @@ def test_absent_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(LoadRefused) as refused:
         reading(path, outputs)
     assert refused.value.rule == "LD224"
-    assert "unhorse[onnx]" in refused.value.remedy
+    assert "onnx2fx==0.0.1" in refused.value.remedy
 
 
 @pytest.mark.slow

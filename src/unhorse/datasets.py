@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unhorse.core import Dataset, Images
+from unhorse.extras import install_line
 from unhorse.image_files import Size, image_classes, pixels_of, read_images, read_parquet, stack
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
@@ -161,7 +162,7 @@ def _hub_folder(name: str, split: str) -> Path:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise ImportError(f'no folder {name!r}; to ask the hub: pip install "unhorse[data]"') from error
+        raise ImportError(f"no folder {name!r}; to ask the hub: {install_line('data')}") from error
     patterns = [f"*{alias}*.parquet" for alias in SPLITS[split]]
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))

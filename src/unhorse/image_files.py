@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from unhorse.core import Dataset, Labels
+from unhorse.extras import install_line
 
 if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
@@ -41,7 +42,7 @@ def read_parquet(files: Sequence[Path], name: str, size: Size) -> Dataset:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
-        raise ImportError(f'{files[0]} is parquet: pip install "unhorse[data]"') from error
+        raise ImportError(f"{files[0]} is parquet: {install_line('data')}") from error
     try:
         readers = [ParquetFile(path) for path in files]
     except ArrowInvalid as error:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unhorse.extras import install_line
+
 if TYPE_CHECKING:
     from unhorse.core import Classifier
     from unhorse.loading.assembly import Said
@@ -120,7 +122,7 @@ def _write_onnx(model: Classifier, output: Path) -> None:
     try:
         import onnxscript  # noqa: F401 - torch's exporter needs it
     except ImportError as error:
-        raise ValueError("ONNX needs a library that is not installed: pip install 'unhorse[onnx]'") from error
+        raise ValueError(f"ONNX needs a library that is not installed: {install_line('onnx')}") from error
     output.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -15,6 +15,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+from unhorse.extras import install_line
 from unhorse.jobs import Job, Outcome, Round, say
 
 # Ray reads these when it is imported: a death is an outcome, not forty lines on stdout; and a job is no
@@ -29,7 +30,7 @@ try:
     import ray
     from ray.exceptions import RayError, RayTaskError
 except ImportError as missing:
-    raise ValueError("Ray is not installed: pip install 'unhorse[ray]'") from missing
+    raise ValueError(f"Ray is not installed: {install_line('ray')}") from missing
 
 PATIENCE = 5.0
 """Seconds for an address to answer: Ray itself would ask for minutes before it gave up."""

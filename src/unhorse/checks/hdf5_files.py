@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from unhorse.checks.zip_directory import read_at
+from unhorse.extras import install_line
 from unhorse.rules import LoadFailed, LoadRefused
 
 MAX_OBJECTS = 50_000
@@ -37,7 +38,7 @@ def check_hdf5(stream: BinaryIO) -> dict[str, str]:
         import h5py
     except ImportError as error:
         reason = "reading Keras and HDF5 files needs h5py"
-        raise LoadRefused("LD224", reason, "pip install 'unhorse[keras]'") from error
+        raise LoadRefused("LD224", reason, install_line("keras")) from error
     size = stream.seek(0, io.SEEK_END)
     _check_heaps(stream, size)
     try:

@@ -10,6 +10,7 @@ from unhorse.checks import archives, zip_directory
 from unhorse.checks.documents import parse_document, walk
 from unhorse.checks.expectations import Facts, Sides
 from unhorse.checks.hdf5_files import check_hdf5
+from unhorse.checks.keras_layers import ACTIVATIONS, CLASSES, COMPILED, LAYERS, MODELS, MODULES, UNREAD
 from unhorse.rules import LoadRefused
 
 MAX_LAYERS = 5_000
@@ -18,91 +19,8 @@ MAX_SIDE = 2**20
 MAX_ELEMENTS = 2**28
 
 _WHOLE = "save the whole model with model.save('model.keras'), made of Keras's own layers"
+_AS_ONNX = "export the classifier as ONNX with tf2onnx, without these layers where they only augment images"
 _MEMBERS = {"config.json", "metadata.json", "model.weights.h5"}
-_LAYERS = {
-    *(
-        "InputLayer",
-        "Dense",
-        "EinsumDense",
-        "Conv2D",
-        "Conv2DTranspose",
-        "DepthwiseConv2D",
-        "SeparableConv2D",
-    ),
-    *("Convolution2D", "Conv1D", "DepthwiseConv1D", "SeparableConv1D", "Flatten", "Reshape", "Permute"),
-    *("RepeatVector", "Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "BatchNormalization"),
-    *("LayerNormalization", "GroupNormalization", "UnitNormalization", "RMSNormalization", "Normalization"),
-    *("Dropout", "SpatialDropout2D", "SpatialDropout1D", "AlphaDropout", "GaussianDropout", "GaussianNoise"),
-    *("MaxPooling2D", "AveragePooling2D", "GlobalMaxPooling2D", "GlobalAveragePooling2D", "MaxPooling1D"),
-    *("AveragePooling1D", "GlobalMaxPooling1D", "GlobalAveragePooling1D", "AdaptiveAveragePooling2D"),
-    *("MaxPool2D", "AvgPool2D", "GlobalAvgPool2D", "GlobalMaxPool2D", "ZeroPadding2D", "Cropping2D"),
-    *("UpSampling2D", "Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum", "Concatenate", "Dot"),
-    *("Rescaling", "Resizing", "CenterCrop", "RandomFlip", "RandomRotation", "RandomZoom", "RandomCrop"),
-    *("RandomTranslation", "RandomContrast", "RandomBrightness", "Identity", "ActivityRegularization"),
-    *("MultiHeadAttention", "Embedding"),
-}
-_MODELS = {"Functional", "Sequential", "Model"}
-_PARTS = {
-    *(
-        "DTypePolicy",
-        "Policy",
-        "__keras_tensor__",
-        "__tuple__",
-        "TensorShape",
-        "GlorotUniform",
-        "GlorotNormal",
-    ),
-    *("HeNormal", "HeUniform", "LecunNormal", "LecunUniform", "Zeros", "Ones", "Constant", "RandomNormal"),
-    *(
-        "RandomUniform",
-        "TruncatedNormal",
-        "VarianceScaling",
-        "Orthogonal",
-        "OrthogonalInitializer",
-        "L1",
-        "L2",
-    ),
-    *("L1L2", "MaxNorm", "MinMaxNorm", "NonNeg", "UnitNorm", "SeedGenerator"),
-}
-_CLASSES = _LAYERS | _MODELS | _PARTS
-_MODULES = {
-    *(None, "keras", "keras.layers", "keras.models", "keras.initializers", "keras.regularizers"),
-    *(
-        "keras.constraints",
-        "keras.random",
-        "keras.dtype_policies",
-        "keras.mixed_precision",
-        "keras.src.models",
-    ),
-    *(
-        "keras.src.models.functional",
-        "keras.src.models.sequential",
-        "keras.src.models.model",
-        "keras.activations",
-    ),
-    *("keras.engine.functional", "keras.engine.sequential", "keras.src.engine.functional"),
-    *("keras.src.engine.sequential", "keras.saving"),
-}
-_COMPILED = ("keras.optimizers", "keras.losses", "keras.metrics")
-_ACTIVATIONS = {
-    *(
-        "linear",
-        "relu",
-        "relu6",
-        "leaky_relu",
-        "elu",
-        "selu",
-        "gelu",
-        "celu",
-        "silu",
-        "swish",
-        "mish",
-        "sigmoid",
-    ),
-    *("hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh", "tanh", "softmax", "log_softmax", "softplus"),
-    *("softsign", "soft_shrink", "hard_shrink", "tanh_shrink", "exponential", "squareplus", "log_sigmoid"),
-    "sparse_plus",
-}
 _SIZES = {
     *(
         "units",
@@ -168,16 +86,20 @@ def _document(raw: bytes, name: str) -> Any:
 
 def check_configuration(config: Any, producer: str) -> Facts:
     """The facts of a configuration whose classes, activations and sizes are on our lists; otherwise LD218."""
-    if not isinstance(config, dict) or config.get("class_name") not in _MODELS:
+    if not isinstance(config, dict) or config.get("class_name") not in MODELS:
         raise _refused("it is not that of a Sequential or Functional model")
     config = {key: value for key, value in config.items() if key != "compile_config"}  # never compiled by us
+    unread: set[str] = set()
     for _, key, value in walk(config):
         if isinstance(value, dict):
-            _check_object(value)
+            unread |= _check_object(value)
         elif key in _SIZES and type(value) is int and not -1 <= value <= MAX_SIDE:
             raise _refused(f"{key} {value} is absurd")
-        elif key == "activation" and isinstance(value, str) and value not in _ACTIVATIONS | {"activation"}:
+        elif key == "activation" and isinstance(value, str) and value not in ACTIVATIONS | {"activation"}:
             raise _refused(f"it has activation {value[:100]!r}, which is not one of Keras")
+    if unread:
+        listed = ", ".join(sorted(unread)[:5])
+        raise LoadRefused("LD235", f"unhorse does not read the Keras layers {listed}", _AS_ONNX)
     try:
         layers = list(_layers(config))
         _check_order(config)
@@ -189,30 +111,33 @@ def check_configuration(config: Any, producer: str) -> Facts:
     return Facts(**{**vars(facts), "producer": producer[:200]})
 
 
-def _check_object(value: Mapping[str, Any]) -> None:
-    """One dictionary of the configuration; where it names a class, that class is on the list."""
+def _check_object(value: Mapping[str, Any]) -> set[str]:
+    """One dictionary of the configuration; where it names a class, that class is on the list, or one of Keras
+    that is not read, which is returned.
+    """
     name, module, registered = (value.get(key) for key in ("class_name", "module", "registered_name"))
     if "class_name" not in value:
         if module is not None:
             raise _refused(f"it takes something from module {str(module)[:100]!r}")
-        return
+        return set()
     if name == "function":
         known = value.get("config") if isinstance(value.get("config"), str) else None
-        if module not in ("builtins", "keras.activations") or known not in _ACTIVATIONS:
+        if module not in ("builtins", "keras.activations") or known not in ACTIVATIONS:
             raise _refused(f"it calls the function {str(value.get('config'))[:100]!r}")
-        return
-    if module in _COMPILED and isinstance(name, str) and name[:1].isupper() and registered in (None, name):
-        return  # how an inner model was trained: keras looks such names up among its own
-    if not isinstance(name, str) or name not in _CLASSES:
+        return set()
+    if module in COMPILED and isinstance(name, str) and name[:1].isupper() and registered in (None, name):
+        return set()  # how an inner model was trained: keras looks such names up among its own
+    if not isinstance(name, str) or name not in CLASSES | UNREAD:
         raise _refused(f"it has a {str(name)[:100]}, which is not on the list of layers for images")
     if (
         not isinstance(module, str | None)
-        or module not in _MODULES
-        or (module == "builtins" and name in _LAYERS)
+        or module not in MODULES
+        or (module == "builtins" and name in LAYERS)
     ):
         raise _refused(f"it takes {name} from module {str(module)[:100]!r}")
     if registered not in (None, name, f"keras>{name}"):
         raise _refused(f"it has the custom object {str(registered)[:100]!r}")
+    return {name} & UNREAD
 
 
 def _layers(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, Any]]:
@@ -223,7 +148,7 @@ def _layers(config: Mapping[str, Any], depth: int = 0) -> Iterator[Mapping[str, 
     if len(inner) > MAX_LAYERS:
         raise _refused(f"it has {len(inner)} layers, more than {MAX_LAYERS}")
     for layer in inner:
-        if layer["class_name"] in _MODELS:
+        if layer["class_name"] in MODELS:
             yield from _layers(layer, depth + 1)
         else:
             _check_elements(layer["config"])
@@ -246,7 +171,7 @@ def _check_order(config: Mapping[str, Any]) -> None:
     names = set()
     for layer in inner:
         name = str(layer.get("name") or layer["config"]["name"])
-        if layer["class_name"] in _MODELS:
+        if layer["class_name"] in MODELS:
             _check_order(layer)
         names.add(name)
         for index, call in enumerate(layer.get("inbound_nodes") or []):

@@ -11,6 +11,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from unhorse.extras import install_line
+
 PURPOSES = {
     "data": "parquet files, and data sets of a hub",
     "inpaint": "Februus with OpenCV's inpainting",
@@ -85,5 +87,5 @@ def _extra(name: str, needed: list[str]) -> str:
         except metadata.PackageNotFoundError:
             absent.append(library)
     if absent:
-        return f"lacks {', '.join(absent)}; for {PURPOSES[name]}: pip install 'unhorse[{name}]'"
+        return f"lacks {', '.join(absent)}; for {PURPOSES[name]}: {install_line(name)}"
     return ", ".join(present)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from unhorse.core import Classifier, Dataset, Images
+from unhorse.extras import install_line
 from unhorse.filters.completion import (
     CompletionSettings,
     Masks,
@@ -180,7 +181,7 @@ class Telea(nn.Module):
         try:
             import cv2
         except ImportError as error:
-            raise ImportError('Telea\'s inpainting needs OpenCV: pip install "unhorse[inpaint]"') from error
+            raise ImportError(f"Telea's inpainting needs OpenCV: {install_line('inpaint')}") from error
         self.fill = lambda image, mask: cv2.inpaint(image, mask, TELEA_RADIUS, cv2.INPAINT_TELEA)
 
     def forward(self, images: Images, masks: Masks) -> Images:

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from unhorse.checks import weight_files
 from unhorse.checks.expectations import Facts
+from unhorse.extras import install_line
 from unhorse.loading.probing import readout
 from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.loading.tensors import check_tensors
 from unhorse.loading.torch_reader import checkpoint
 from unhorse.rules import LoadFailed, LoadRefused
 
-INSTALL_REMEDY = "pip install 'unhorse[hf]'"
+INSTALL_REMEDY = install_line("hf")
 _BUILD_ERRORS = (
     *(ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, ImportError, OSError),
     *(ArithmeticError, AssertionError, NotImplementedError),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +13,16 @@ from typing import Any, BinaryIO
 from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts
+from unhorse.extras import install_line
+from unhorse.loading.keras_configuration import modern, modern_archive
 from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Fed, expected
 from unhorse.loading.probing import readout
 from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
-INSTALL_REMEDY = "pip install 'unhorse[keras]'"
+INSTALL_REMEDY = install_line("keras")
+_OLDER_REMEDY = "open it with the Keras that wrote it, and export it as ONNX with tf2onnx"
+_UNKNOWN_KEY = re.compile(r"(Unrecognized|unexpected) keyword argument.*")
 _READ_ERRORS = (
     *(ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError, OSError),
     *(NotImplementedError, AssertionError, ImportError, RecursionError),
@@ -28,19 +34,30 @@ def read_keras_archive(files: Sequence[BinaryIO], options: Mapping[str, Any], fa
     _require_keras()
     from keras.src.saving import saving_lib  # keras.saving takes only paths, and there is none here
 
-    model = _reading(lambda: saving_lib.load_model(files[0], compile=False, safe_mode=True))
-    return _readout(model, options, facts)
+    def read() -> Any:
+        archive = modern_archive(files[0])
+        return saving_lib.load_model(archive, compile=False, safe_mode=True)
+
+    return _readout(_reading(read), options, facts)
 
 
 def read_keras_hdf5(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Facts) -> Readout:
     """The .h5 file of Keras 1 to 3, read from the open file."""
     _require_keras()
     import h5py
-    from keras.src.legacy.saving import legacy_h5_format
+    from keras.src.legacy.saving import legacy_h5_format, saving_options, saving_utils
+    from keras.src.saving import serialization_lib
 
     def read() -> Any:
+        # as legacy_h5_format.load_model_from_hdf5, which gives no chance to change the configuration
         with h5py.File(files[0], "r") as opened:
-            return legacy_h5_format.load_model_from_hdf5(opened, compile=False, safe_mode=True)
+            text = opened.attrs["model_config"]
+            config = modern(json.loads(text.decode() if isinstance(text, bytes) else text))
+            legacy = saving_options.keras_option_scope(use_legacy_config=True)
+            with legacy, serialization_lib.SafeModeScope(True):
+                model = saving_utils.model_from_config(config, custom_objects={})
+                legacy_h5_format.load_weights_from_hdf5_group(opened["model_weights"], model)
+                return model
 
     return _readout(_reading(read), options, facts)
 
@@ -71,7 +88,11 @@ def _reading(read: Any) -> Any:
     except _READ_ERRORS as error:
         if isinstance(error, LoadRefused | LoadFailed):
             raise
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        text = str(error).strip()
+        if unknown := _UNKNOWN_KEY.search(text):
+            what = f"Keras 3 does not know what this file says of a layer: {unknown[0][:200]}"
+            raise LoadRefused("LD235", what, _OLDER_REMEDY) from error
+        reason = (text.splitlines() or [type(error).__name__])[0]
         raise LoadFailed(f"Keras cannot read it ({reason[:200]})", "save it again with Keras 3") from error
 
 

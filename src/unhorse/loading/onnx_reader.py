@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts
+from unhorse.extras import install_line
 from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Expected, Fed, arranged, expected
 from unhorse.loading.onnx_folding import (
     check_weights,
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 NARROW_TOLERANCE = 5e-2  # half precision keeps three digits, and a network has many layers
 MAX_MODEL_BYTES = 2**31 - 1
-INSTALL_REMEDY = "pip install 'unhorse[onnx]'"
+INSTALL_REMEDY = install_line("onnx")
 _FLOATS = ("float16", "float32", "float64")
 _UINT8 = 2
 _IMAGE_TYPES = (1, 10, 11, 16, _UINT8)  # float, half, double, bfloat16
