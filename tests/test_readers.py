@@ -16,7 +16,7 @@ from unhorse.checks.expectations import Facts
 from unhorse.checks.sniff import sniff
 from unhorse.loading.probing import probed
 from unhorse.loading.reading import _read, read_task
-from unhorse.loading.readouts import LogitsOf, Readout, logits_in
+from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
 # Keras 3.15 hands torch tensors to numpy 2 in the old way
@@ -213,13 +213,6 @@ def test_logits_are_found_in_what_networks_return(answer: Any) -> None:
     images = torch.rand(4, 3, 8, 8)
     wanted = images.mean((2, 3)).repeat(1, 2)
     assert torch.equal(LogitsOf(_Returning(answer))(images), wanted)
-
-
-def test_network_of_a_single_logit_is_refused_with_a_remedy() -> None:
-    with pytest.raises(LoadRefused) as refused:
-        logits_in(torch.zeros(4, 1), 4)
-    assert refused.value.rule == "LD221"
-    assert "two outputs" in refused.value.remedy
 
 
 def test_network_that_runs_on_no_image_is_refused() -> None:

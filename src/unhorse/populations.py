@@ -127,7 +127,7 @@ class FamilySpec(Spec):
 class DrawnData(DataSpec):
     """A data set of a drawn family: between `fewest_classes` and `most_classes` of its `all_classes`."""
 
-    fewest_classes: int = Field(default=5, ge=3)
+    fewest_classes: int = Field(default=5, ge=2)
     most_classes: int
     all_classes: int
 

@@ -27,6 +27,9 @@ class ModelOptions:
         Parameter(help='A plain network in words: "conv relu maxpool2 flatten linear" (docs/formats.md).'),
     ] = None
     classes: Annotated[int | None, Parameter(help="Number of classes.")] = None
+    output_name: Annotated[
+        str | None, Parameter(help="The output that holds the logits: its name or its place.")
+    ] = None
     size: Annotated[tuple[int, int] | None, Parameter(help="Input height and width.")] = None
     channels: Annotated[int | None, Parameter(help="Input channels, with --size.")] = None
     mean: Annotated[tuple[float, ...] | None, Parameter(help="Normalisation mean.")] = None
@@ -50,6 +53,7 @@ class ModelOptions:
             "architecture": self.arch,
             "layers": self.layers,
             "num_classes": self.classes,
+            "output": self.output_name,
             "image_size": self.size,
             "channels": self.channels,
             "mean": self.mean,
@@ -69,6 +73,23 @@ class ModelOptions:
 
 
 AS_THE_FILE_SAYS = ModelOptions()
+
+
+@Parameter(name="*", group=MODEL, consume_multiple=True, negative=())
+@dataclass(frozen=True, kw_only=True)
+class ScannedModelOptions(ModelOptions):
+    """The same for a command that writes no model, where --output names one of the network's outputs, too."""
+
+    output_name: Annotated[
+        str | None,
+        Parameter(
+            name=("--output", "--output-name"),
+            help="The output that holds the logits: its name or its place.",
+        ),
+    ] = None
+
+
+SCANNED_AS_THE_FILE_SAYS = ScannedModelOptions()
 
 
 @Parameter(name="*", group=OUTPUT, negative=())

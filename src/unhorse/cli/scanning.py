@@ -9,14 +9,14 @@ from cyclopts import App, Parameter
 
 from unhorse.cli.labels import read_class_names
 from unhorse.cli.options import (
-    AS_THE_FILE_SAYS,
     COMPUTE,
     MODEL,
+    SCANNED_AS_THE_FILE_SAYS,
     TERMINAL_ONLY,
     TWO_JOBS_HERE,
     EngineOptions,
-    ModelOptions,
     ReportOptions,
+    ScannedModelOptions,
 )
 from unhorse.cli.output import command_line, delivery, epochs_progress, interrupted
 from unhorse.jobs import say
@@ -52,7 +52,7 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     labels: Annotated[
         Path | None, Parameter(group=MODEL, help="Class names: a text file with one a line, or JSON.")
     ] = None,
-    options: ModelOptions = AS_THE_FILE_SAYS,
+    options: ScannedModelOptions = SCANNED_AS_THE_FILE_SAYS,
     timeout: Annotated[
         float | None, Parameter(group=COMPUTE, help="Seconds per model; then UNDECIDED, with what was seen.")
     ] = None,

@@ -12,7 +12,9 @@ from torch import Tensor
 from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
 from unhorse.loading.network_code import NetworkCode
+from unhorse.loading.outputs import ONE_NUMBER
 from unhorse.loading.recognition import recognised
+from unhorse.models.architectures import ONE_LOGIT
 from unhorse.models.classifier import classifier_from_card
 from unhorse.models.graph import GRAPH
 from unhorse.models.registry import ImageShape
@@ -31,20 +33,27 @@ class Said:
     """What the user says of a file, which wins over what the file says; None means: as the file says.
 
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on. `key`
-    says which of several networks in the file is meant; `layers` are the words of a plain chain
-    (models/chains.py), `network` is the user's own code for it.
+    says which of several networks in the file is meant, `output` which of a network's outputs holds the
+    logits, by its name or its place; `layers` are the words of a plain chain (models/chains.py), `network` is
+    the user's own code for it.
     """
 
     architecture: str = "auto"
     layers: str | None = None
     image_shape: ImageShape | None = None
     num_classes: int | None = None
+    output: str | None = None
     class_names: Sequence[str] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     value_range: tuple[float, float] | None = None
     key: str | None = None
     network: NetworkCode | None = None
+
+    def for_readers(self) -> dict[str, object]:
+        """What a reader needs to know of it."""
+        shape = self.image_shape and list(self.image_shape)
+        return {"image_shape": shape, "num_classes": self.num_classes, "output": self.output}
 
     @property
     def normalisation(self) -> Normalisation | None:
@@ -80,10 +89,15 @@ def identified(tensors: dict[str, Tensor], said: Said, facts: Facts, notes: Sequ
         channels, height, width = (int(size or 0) for size in facts.image_shape)
         shape = (channels, height, width)
     found = recognised(tensors, said.architecture, said.layers, shape)
-    names, named = _class_names(found.num_classes, facts)
+    count, options = found.num_classes, dict(found.options)
+    if count == 1:
+        if said.num_classes != 2:
+            raise LoadRefused("LD221", "the network answers with a single number per image", ONE_NUMBER)
+        count, options = 2, options | {ONE_LOGIT: True}
+    names, named = _class_names(count, facts)
     mean, std, assumed = _expected(facts, found.image_shape[0], (found.mean, found.std))
     card: dict[str, object] = {
-        "architecture": {"name": found.name, "options": found.options},
+        "architecture": {"name": found.name, "options": options},
         "image_shape": list(found.image_shape),
         "class_names": names,
         "mean": list(mean),

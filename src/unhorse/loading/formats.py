@@ -68,6 +68,7 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
     layers: str | None = None,
     image_shape: ImageShape | None = None,
     num_classes: int | None = None,
+    output: str | int | None = None,
     class_names: Sequence[str] | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
@@ -80,6 +81,7 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
     """The classifier in a file or folder, on the CPU, in eval mode; arguments win over what the file says.
 
     `layers` says a plain network in words: "conv5 relu maxpool2 flatten linear" (docs/formats.md).
+    `output` names the output that holds the logits where a network has several, or is its place among them.
     `mean` and `std` are in the units of `value_range`, the pixel values the network was trained on (0 to 1
     unless given). `key` chooses one of several networks in the file: without it they are refused (LD228).
     Raises LoadRefused or LoadFailed, each with its remedy, and never runs code from the file.
@@ -94,6 +96,7 @@ def load_model(  # noqa: PLR0913 - one argument for each thing that a user may s
         layers=layers,
         image_shape=image_shape,
         num_classes=num_classes,
+        output=None if output is None else str(output),
         class_names=class_names,
         mean=mean,
         std=std,
@@ -151,7 +154,7 @@ def read(
         parcel = server.run(
             "read",
             source.files,
-            source.options() | {"image_shape": said.image_shape and list(said.image_shape)},
+            source.options() | said.for_readers(),
             heavy=True,
             limits=_limits(source.size),
             progress=progress,

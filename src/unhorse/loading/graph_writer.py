@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from unhorse.loading.drafts import Draft, Traced, assembled
 from unhorse.loading.masks import Masks
-from unhorse.loading.origins import Origin, Origins
+from unhorse.loading.origins import Origins
+from unhorse.loading.outputs import ONE_NUMBER
 from unhorse.loading.peepholes import Found, layer_of
+from unhorse.loading.probabilities import squash_behind
+from unhorse.loading.tails import Tail
 from unhorse.loading.traced_values import (
     Batch,
     Constant,
@@ -20,11 +23,10 @@ from unhorse.loading.traced_values import (
     examples,
     leaves,
     merge,
-    own,
     plain,
-    renumbered,
     run,
 )
+from unhorse.loading.written_graph import Written
 from unhorse.models.graph import OPERATORS
 from unhorse.models.graph_values import number_value
 from unhorse.rules import LoadRefused
@@ -40,39 +42,18 @@ _SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 _FILLING = frozenset({"zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "expand"})
 
 
-class Traced(NamedTuple):
-    """A graph and its tensors, as GraphNetwork loads them; `cut` names what came after the logits.
-
-    `origins` says of tensors that were computed from others how.
-    """
-
-    graph: dict[str, Any]
-    tensors: dict[str, Tensor]
-    num_classes: int
-    cut: str = ""
-    origins: Mapping[str, Origin] = {}
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        return (f"MD303 the last {self.cut} was cut off, to have logits",) if self.cut else ()
-
-
-@dataclass
-class Draft:
-    """What is written so far."""
-
-    nodes: list[dict[str, Any]] = field(default_factory=list)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    output: Any = None
-    num_classes: int = 0
-    cut: str = ""
-
-
 class GraphWriter:
     """Writes the nodes of a captured graph, running each, so that what no image reaches is folded away."""
 
-    def __init__(self, captured: Sequence[fx.GraphModule], sizes: Sequence[int], images: Tensor) -> None:
-        self.module, self.sizes = captured[0], sizes
+    def __init__(
+        self,
+        captured: Sequence[fx.GraphModule],
+        sizes: Sequence[int],
+        images: Tensor,
+        *,
+        classes: int | None = None,
+    ) -> None:
+        self.module, self.sizes, self.classes = captured[0], sizes, classes
         self.steps = [list(module.graph.nodes) for module in captured]
         if len({len(steps) for steps in self.steps}) > 1:
             raise ValueError("the network computes something else for another number of images")
@@ -101,7 +82,7 @@ class GraphWriter:
                 self._call(node, [(other.args, other.kwargs) for other in together])
             elif node.op == "output":
                 self._finish(node.args[0])
-        return _assembled(self.made, self.origins)
+        return assembled(self.made, self.origins)
 
     def _call(self, node: fx.Node, calls: Sequence[tuple[Any, Any]]) -> None:
         name, in_place = _operator(node)
@@ -164,6 +145,7 @@ class GraphWriter:
 
     def _appended(self, node: dict[str, Any], example: Any) -> Value:
         self.made.nodes.append(node)
+        self.made.examples.append(example)
         return Value({"node": len(self.made.nodes) - 1}, example)
 
     def _layer(self, found: Found, example: Any) -> Value:
@@ -171,13 +153,11 @@ class GraphWriter:
         index = len(self.made.nodes)
         arguments = self._write([found.input])
         if key in self.layers:
-            self.made.nodes.append({"use": self.layers[key], "args": arguments})
-        else:
-            self.layers[key] = index
-            self.made.nodes.append({"layer": found.layer, "options": found.options, "args": arguments})
-            for name, tensor in found.tensors.items():
-                self.made.tensors[f"layers.{index}.{name}"] = tensor
-        return Value({"node": index}, example)
+            return self._appended({"use": self.layers[key], "args": arguments}, example)
+        self.layers[key] = index
+        for name, tensor in found.tensors.items():
+            self.made.tensors[f"layers.{index}.{name}"] = tensor
+        return self._appended({"layer": found.layer, "options": found.options, "args": arguments}, example)
 
     def _shape(self, name: str, shape: list[Any], example: Tensor) -> list[Any]:
         """A shape in which the batch is -1 and all else is a number, so that features can be replaced."""
@@ -230,11 +210,14 @@ class GraphWriter:
         value = self.values[returned]
         if not isinstance(value, Value) or not value.of_image:
             raise LoadRefused("LD221", "what the network returns does not depend on the image", REMEDY)
-        self.made.num_classes = int(value.example.shape[1])
-        self.made.output = value.written
-        if "node" in value.written and _squashes(last := self.made.nodes[value.written["node"]]):
-            self.made.output = last["args"][0]
-            self.made.cut = last["call"].removeprefix("_")
+        made, width = self.made, int(value.example.shape[1])
+        written = Written(made.nodes, made.examples, made.tensors)
+        found = Tail(written, width).undone(value.written, two=self.classes == 2)
+        if found.classes < 2:
+            raise LoadRefused("LD221", "the network answers with a single number per image", ONE_NUMBER)
+        made.returned, made.output, made.num_classes = value.written, found.value, found.classes
+        made.cut = ", ".join(dict.fromkeys(found.words))
+        made.hidden = squash_behind(written, found.value, found.classes)
 
 
 def _operator(node: fx.Node) -> tuple[str, bool]:
@@ -251,49 +234,3 @@ def _operator(node: fx.Node) -> tuple[str, bool]:
     in_place = name.endswith("_") and not name.endswith("__")
     name = name.removesuffix("_") if in_place else name
     return ("reshape" if name in _SHAPING else name), in_place  # the layout in memory need not be the same
-
-
-def _squashes(node: Mapping[str, Any]) -> bool:
-    """Whether a node turns logits into probabilities or their like, which changes no decision."""
-    name = str(node.get("call", "")).removeprefix("_")
-    return name == "sigmoid" or (name.endswith("softmax") and node["args"][1] in (1, -1))
-
-
-def _assembled(written: Draft, known: Origins) -> Traced:
-    """Numbers the nodes that the output needs, and leaves the others out."""
-    needed: set[int] = set()
-    waiting = [written.output]
-    while waiting:
-        for index in _references(waiting.pop(), "node") - needed:
-            needed.add(index)
-            waiting.append({name: written.nodes[index].get(name) for name in ("args", "kwargs")})
-            if "use" in written.nodes[index]:
-                waiting.append({"node": written.nodes[index]["use"]})
-    numbers = {old: new for new, old in enumerate(sorted(needed))}
-    nodes = [renumbered(written.nodes[old], numbers) for old in sorted(needed)]
-    tensors, listed, origins = {}, {}, {}
-    named = _references(nodes, "tensor")
-    for name, tensor in written.tensors.items():
-        kind, index, weight = name.split(".")
-        if kind == "layers" and int(index) in numbers:
-            place = f"layers.{numbers[int(index)]}.{weight}"
-        elif kind == "constants" and weight in named:
-            place = f"constants.value_{weight}"
-        else:
-            continue
-        tensors[place] = kept = own(tensor)
-        if kind == "constants":
-            listed[weight] = [str(kept.dtype).removeprefix("torch."), list(kept.shape)]
-        if (origin := known.of(tensor)) is not None:
-            origins[place] = origin
-    graph = {"nodes": nodes, "output": renumbered(written.output, numbers), "tensors": listed}
-    return Traced(graph, tensors, written.num_classes, written.cut, origins)
-
-
-def _references(value: Any, kind: str) -> set[Any]:
-    """The nodes or tensors that a value, or a node, names."""
-    if isinstance(value, dict):
-        if value.keys() == {kind}:
-            return {value[kind]}
-        value = list(value.values())
-    return set().union(*(_references(item, kind) for item in value)) if isinstance(value, list) else set()

@@ -39,7 +39,7 @@ def read_huggingface(files: Sequence[BinaryIO], options: Mapping[str, Any], fact
     if "model_type" not in config:
         return Readout(None, facts, {"": tensors})
     model = _filled(config, tensors).eval()
-    network = LogitsOf(model)
+    network = LogitsOf(model, options=options)
     return readout(network, facts, options)
 
 

@@ -16,8 +16,9 @@ from unhorse.checks.expectations import Facts
 from unhorse.extras import install_line
 from unhorse.loading.keras_configuration import modern, modern_archive
 from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD, Fed, expected
+from unhorse.loading.outputs import CLASSIFIER_REMEDY
 from unhorse.loading.probing import readout
-from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout
+from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
 INSTALL_REMEDY = install_line("keras")
@@ -112,7 +113,8 @@ def _readout(model: Any, options: Mapping[str, Any], facts: Facts) -> Readout:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    network = LogitsOf(Fed(_Judging(model), takes.layout))
+    names = getattr(model, "output_names", ())
+    network = LogitsOf(Fed(_Judging(model), takes.layout), options=options, names=names)
     return readout(network, facts, options, batch=takes.batch, notes=takes.notes)
 
 

@@ -20,7 +20,7 @@ from unhorse.checks.expectations import Facts
 from unhorse.checks.inspection import check
 from unhorse.checks.sniff import Format, sniff
 from unhorse.loading.checkpoints import Fit, fitting, flattened
-from unhorse.loading.graph_writer import Traced
+from unhorse.loading.drafts import Traced
 from unhorse.loading.network_code import unconfined
 from unhorse.loading.network_imports import guarded, named_in, refused
 from unhorse.loading.probing import USUAL_SHAPES, ImageShape, probed
@@ -76,7 +76,8 @@ def network_task(files: list[BinaryIO], options: Mapping[str, Any]) -> Answer:
         torch.backends.mha.set_fastpath_enabled(False)
         network, fit = _loaded(code, tensors, options)
         shape, assumed = _image_shape(network, facts, options, code)
-        traced = guarded(lambda: trace(network, shape), code)
+        judged = LogitsOf(network, options=options)
+        traced = guarded(lambda: trace(judged, shape, classes=options.get("num_classes")), code)
         return _sent(traced, shape, assumed, fit, tensors, _names(network))
 
 
@@ -142,13 +143,13 @@ def _image_shape(
 ) -> tuple[ImageShape, bool]:
     """The shape of images that the network runs on, and whether it was found by trying."""
     if options.get("image_shape"):
-        found = guarded(lambda: probed(LogitsOf(network), facts, options), code)
+        found = guarded(lambda: probed(LogitsOf(network, options=options), facts, options), code)
         return found.image_shape, False
     kernel = next((value for value in network.parameters() if value.dim() == 4), None)
     counts = (3, 1) if kernel is None or kernel.shape[1] not in (1, 2, 3, 4) else (int(kernel.shape[1]),)
     first: LoadRefused | None = None
     try:
-        found = guarded(lambda: probed(LogitsOf(network), facts, options), code)
+        found = guarded(lambda: probed(LogitsOf(network, options=options), facts, options), code)
         return found.image_shape, "assumed_size" in found.extra
     except LoadRefused as error:
         if error.rule != "LD221":
@@ -157,7 +158,7 @@ def _image_shape(
     for shape in _further(counts):
         try:
             with torch.no_grad():
-                LogitsOf(network)(torch.full((2, *shape), 0.5))
+                LogitsOf(network, options=options)(torch.full((2, *shape), 0.5))
             return shape, True
         except Exception:  # noqa: BLE001, S112 - the user's code, on images that it may not be written for
             continue

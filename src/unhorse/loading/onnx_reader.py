@@ -23,8 +23,9 @@ from unhorse.loading.onnx_folding import (
 )
 from unhorse.loading.onnx_metadata import with_metadata
 from unhorse.loading.onnx_quantised import dequantised, has_quantised_activations, register_quantisers
+from unhorse.loading.outputs import CLASSIFIER_REMEDY
 from unhorse.loading.probing import readout
-from unhorse.loading.readouts import CLASSIFIER_REMEDY, LogitsOf, Readout, logits_in
+from unhorse.loading.readouts import LogitsOf, Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ TOLERANCE = 1e-3
 NARROW_TOLERANCE = 5e-2  # half precision keeps three digits, and a network has many layers
 MAX_MODEL_BYTES = 2**31 - 1
 INSTALL_REMEDY = install_line("onnx")
-_FLOATS = ("float16", "float32", "float64")
+_NUMBERS = ("float16", "float32", "float64", "int64", "int32", "bool", "uint8", "int8")
 _UINT8 = 2
 _IMAGE_TYPES = (1, 10, 11, 16, _UINT8)  # float, half, double, bfloat16
 _NUMPY_TYPES = {"tensor(float16)": "float16", "tensor(double)": "float64", "tensor(uint8)": "uint8"}
@@ -60,14 +61,14 @@ def read_onnx(files: Sequence[BinaryIO], options: Mapping[str, Any], facts: Fact
     if bytes_in:
         facts = replace(facts, mean=BYTES_MEAN, std=BYTES_STD)
     converted = _converted(dequantised(folded(widened(model))))
-    found = readout(
-        LogitsOf(Fed(converted, takes.layout)), facts, options, batch=takes.batch, notes=takes.notes
-    )
+    names = [output.name for output in model.graph.output]
+    network = LogitsOf(Fed(converted, takes.layout), options=options, names=names)
+    found = readout(network, facts, options, batch=takes.batch, notes=takes.notes)
     narrow = is_narrow(model) or has_quantised_activations(model)
     session, size = _Session(runnable), found.batch or 6
     for images in _probes(found.facts.image_shape or (), size, bytes_in=bytes_in).split(size):
         answers = session.run(arranged(images, takes.layout))
-        _check_parity(found.network, answers, images, NARROW_TOLERANCE if narrow else TOLERANCE)
+        _check_parity(network, answers, images, NARROW_TOLERANCE if narrow else TOLERANCE)
     return found
 
 
@@ -154,12 +155,14 @@ def _probes(shape: Sequence[int | None], batch: int, *, bytes_in: bool) -> Tenso
 
 
 @torch.no_grad()
-def _check_parity(network: Any, answers: list[Tensor], images: Tensor, tolerance: float) -> None:
+def _check_parity(network: LogitsOf, answers: list[Tensor], images: Tensor, tolerance: float) -> None:
     """LD222 unless ONNX Runtime answers as the network does, relative to how far its answers lie apart."""
     ours = network(images)
-    theirs = logits_in(answers, len(images)).float()
+    theirs = network.taken(answers, len(images)).float()
     # per image, and without what all logits share: neither a large constant nor a bright image makes room
     spread = (theirs - theirs.mean(1, keepdim=True)).abs().amax(1)
+    if theirs.shape[1] == 1:  # one number per image: by how much it differs among them
+        spread = (theirs.amax() - theirs.amin()).expand(len(theirs))
     scale = torch.maximum(spread, 1e-3 * theirs.abs().amax(1)).clamp_min(1e-6)
     error = float(((ours - theirs).abs().amax(1) / scale).max())
     if not error < tolerance:  # NaN is no agreement
@@ -183,12 +186,12 @@ class _Session:
             self.session = onnxruntime.InferenceSession(runnable, settings, providers=providers)
 
     def run(self, images: Tensor) -> list[Tensor]:
-        """All outputs that are floating-point tensors, in the order of the file."""
+        """All outputs that are tensors, in the order of the file."""
         wanted = self.session.get_inputs()[0]
         kind = _NUMPY_TYPES.get(wanted.type, "float32")
         with _runtime_refusals():
             answers = self.session.run(None, {wanted.name: images.numpy().astype(kind)})
-        return [torch.from_numpy(answer) for answer in answers if getattr(answer, "dtype", None) in _FLOATS]
+        return [torch.from_numpy(answer) for answer in answers if getattr(answer, "dtype", None) in _NUMBERS]
 
 
 @contextmanager

@@ -71,7 +71,7 @@ def own_networks(
     options: dict[str, object] = {"format": str(source.kind), "names": [source.names[0]]}
     own = server.run("tensors", source.files[:1], options, heavy=True, limits=limits, progress=progress)
     facts, tensors = Facts.from_json(own.document["facts"]), _parsed(own.blob)
-    asked = options | {"network": code.to_json(), "image_shape": said.image_shape and list(said.image_shape)}
+    asked = options | {"network": code.to_json()} | said.for_readers()
     # the code gets as long as the file, and may not send more than what is not in the file
     limits = replace(limits, wall_seconds=1.5 * limits.cpu_seconds, document=8 * 2**20, blob=MAX_MADE_BYTES)
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts
 from unhorse.loading.layouts import square
-from unhorse.loading.readouts import CLASSIFIER_REMEDY, Readout
+from unhorse.loading.outputs import CLASSIFIER_REMEDY
+from unhorse.loading.readouts import Readout
 from unhorse.rules import LoadFailed, LoadRefused
 
 ImageShape = tuple[int, int, int]
@@ -66,8 +67,6 @@ def probed(
                 raise
             reasons.append(f"it does not run on images of {'x'.join(map(str, shape))} ({_last_line(error)})")
             continue
-        if not logits.is_floating_point():
-            raise LoadRefused("LD221", f"the network answers with {logits.dtype}", CLASSIFIER_REMEDY)
         assumed = not said and (facts.image_shape is None or None in facts.image_shape)
         size = {"assumed_size": f"{shape[1]}x{shape[2]}"} if assumed and len(shapes) > 1 else {}
         return replace(facts, image_shape=shape, num_classes=logits.shape[1], extra={**facts.extra, **size})

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unhorse.checks.inspection import check
 from unhorse.checks.sniff import sniff
-from unhorse.loading.graph_writer import Traced
+from unhorse.loading.drafts import Traced
 from unhorse.loading.layouts import BYTES_MEAN, BYTES_STD
 from unhorse.loading.ranges import takes_bytes
 from unhorse.loading.readers import FOLDER_READER, READERS
@@ -44,7 +44,7 @@ def read_task(files: list[BinaryIO], options: Mapping[str, Any]) -> tuple[dict[s
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _sent(_read(files, options))
+            return _sent(_read(files, options), options)
     except (LoadRefused, LoadFailed):
         raise
     except _READ_ERRORS as error:
@@ -79,7 +79,7 @@ def _untied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return untied
 
 
-def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
+def _sent(readout: Readout, options: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
     facts = readout.facts.to_json()
     if readout.network is None:
         # before each name: which network it is of, and its place there, for safetensors keep no order
@@ -91,7 +91,7 @@ def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
         said = {"keys": list(readout.networks), "left_out": [line[:200] for line in readout.left_out[:100]]}
         return {"kind": "tensors", "facts": facts, **said}, to_safetensors(_untied(numbered))
     shape = [size for size in readout.facts.image_shape or () if size is not None]
-    traced = _traced(readout, shape)
+    traced = _traced(readout, shape, options.get("num_classes"))
     if facts["mean"] is None and takes_bytes(traced.graph, traced.tensors):
         facts |= {"mean": list(BYTES_MEAN), "std": list(BYTES_STD)}
     document = {
@@ -105,11 +105,11 @@ def _sent(readout: Readout) -> tuple[dict[str, Any], bytes]:
     return document, to_safetensors(traced.tensors)
 
 
-def _traced(readout: Readout, shape: list[int]) -> Traced:
+def _traced(readout: Readout, shape: list[int], classes: int | None) -> Traced:
     """The graph of the network; where there is none and a tensor is not finite, LD207 names that one."""
     assert readout.network is not None
     try:
-        return trace(readout.network, shape, batch=readout.batch)
+        return trace(readout.network, shape, batch=readout.batch, classes=classes)
     except LoadRefused as refusal:
         for name, tensor in (*readout.network.named_parameters(), *readout.network.named_buffers()):
             if refusal.rule == "LD221" and tensor.is_floating_point() and not tensor.isfinite().all():

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from unhorse.checks.expectations import Facts
+from unhorse.loading.outputs import CLASSIFIER_REMEDY, Chosen, Wanted, choose, rows_of, tensors_in
 from unhorse.rules import LoadRefused
-
-CLASSIFIER_REMEDY = (
-    "export a network that maps float images (n, c, h, w) to logits (n, k) with k of 2 or more"
-)
 
 
 class Readout(NamedTuple):
@@ -31,52 +28,44 @@ class Readout(NamedTuple):
 
 
 class LogitsOf(nn.Module):
-    """The (n, k) output of a network that may return tuples, dictionaries or (n, k, 1, 1) maps.
+    """The logits of a network that may return tuples, dictionaries or (n, k, 1, 1) maps, as (n, k); (n, 1) of
+    one that answers with a single number per image.
 
-    With `channels_last` the network is given (n, h, w, c). Raises LD221 where no output is (n, k).
+    `options` are those of the reader, `names` those that the file gives its outputs. The first images that it
+    is given decide which output it takes; `notes` say which, where there are several. Raises LD221 or LD239
+    where no output is (n, k).
     """
 
-    def __init__(self, network: nn.Module, *, channels_last: bool = False) -> None:
+    def __init__(
+        self, network: nn.Module, *, options: Mapping[str, Any] | None = None, names: Sequence[str] = ()
+    ) -> None:
         super().__init__()
         self.network = network
-        self.channels_last = channels_last
         self.training = False
+        self.wanted, self.names = Wanted.of(options or {}), tuple(names)
+        self.chosen: Chosen | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a report says of the outputs that were passed over."""
+        return (self.chosen.note,) if self.chosen is not None and self.chosen.note else ()
 
     def forward(self, images: Tensor) -> Tensor:
         """(n, c, h, w) to (n, k)."""
-        output = self.network(images.permute(0, 2, 3, 1) if self.channels_last else images)
-        return logits_in(output, len(images))
+        answer = self.network(images)
+        if self.chosen is None:
+            self.chosen = choose(self.network, images, answer, self.names, self.wanted)
+        return self.taken(answer, len(images))
+
+    def taken(self, answer: object, count: int) -> Tensor:
+        """The logits in what the network, or another one with the same outputs, returned for some images."""
+        listed = list(tensors_in(answer))
+        place = 0 if self.chosen is None else self.chosen.place
+        rows = rows_of(listed[place][1], count) if place < len(listed) else None
+        if rows is None:
+            raise LoadRefused("LD221", "its outputs differ from image to image", CLASSIFIER_REMEDY)
+        return rows
 
     def train(self, mode: bool = True) -> LogitsOf:
         """Stays as it is: exported programs refuse to change, and nothing here may train."""
         return self
-
-
-def logits_in(output: object, count: int) -> Tensor:
-    """The first tensor of (count, k >= 2) in what a network returned; otherwise LD221."""
-    shapes = []
-    for tensor in _tensors_in(output):
-        if tensor.ndim == 4 and tensor.shape[2:] == (1, 1):
-            tensor = tensor.flatten(1)
-        shapes.append("x".join(str(size) for size in tensor.shape))
-        if tensor.ndim == 2 and tensor.shape[0] == count and tensor.shape[1] >= 2:
-            return tensor
-        if count == 1 and tensor.ndim == 1 and tensor.shape[0] >= 2:
-            return tensor[None]
-    if any(shape in (f"{count}x1", str(count)) for shape in shapes):
-        remedy = "give it two outputs: logits of (0, x) decide exactly as one logit x does"
-        raise LoadRefused("LD221", "the network answers with a single number per image", remedy)
-    listed = ", ".join(shapes) or "no tensor"
-    raise LoadRefused("LD221", f"for {count} images the network answers {listed}", CLASSIFIER_REMEDY)
-
-
-def _tensors_in(output: object) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        named = [output["logits"]] if "logits" in output else list(output.values())
-        for value in named:
-            yield from _tensors_in(value)
-    elif isinstance(output, list | tuple):
-        for value in output:
-            yield from _tensors_in(value)

@@ -47,7 +47,7 @@ def read_torchscript(files: Sequence[BinaryIO], options: Mapping[str, Any], fact
     module = module.float()
     first: LoadRefused | None = None
     for layout, shape in _layouts(module):
-        network = LogitsOf(Fed(module, layout))
+        network = LogitsOf(Fed(module, layout), options=options)
         notes = (
             ()
             if layout is Layout.FIRST
@@ -91,7 +91,7 @@ def read_exported_program(files: Sequence[BinaryIO], options: Mapping[str, Any],
         if "_assert_tensor_metadata" in str(node.target):  # of the type that the images came in
             module.graph.erase_node(node)
     module.recompile()
-    network = LogitsOf(Fed(module.float(), takes.layout))
+    network = LogitsOf(Fed(module.float(), takes.layout), options=options)
     return readout(network, facts, options, batch=takes.batch, notes=takes.notes)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from unhorse.models.chains import CHAIN, chain
@@ -23,6 +24,9 @@ from unhorse.models.resnets import RESNETS
 from unhorse.models.small_networks import SMALL_NETWORKS
 from unhorse.models.vggs import VGGS
 from unhorse.models.vision_transformers import VISION_TRANSFORMERS
+
+ONE_LOGIT = "one_logit"
+"""The option of any network of two classes that ends in one number."""
 
 ARCHITECTURES: dict[str, Architecture] = {
     **SMALL_NETWORKS,
@@ -60,7 +64,16 @@ def families() -> str:
 
 
 def build(name: str, *, num_classes: int, image_shape: ImageShape, **options: object) -> nn.Module:
-    """The named network, its weights drawn from torch's current random state; a graph's are zeros."""
+    """The named network, its weights drawn from torch's current random state; a graph's are zeros.
+
+    With ONE_LOGIT it has two classes and ends in one number, which is the second one's lead.
+    """
+    if options.pop(ONE_LOGIT, False):
+        if num_classes != 2 or name == GRAPH:
+            raise ValueError(f"one logit tells 2 classes apart, not {num_classes}: leave {ONE_LOGIT} out")
+        network = build(name, num_classes=1, image_shape=image_shape, **options)
+        network.register_forward_hook(_against_zero)
+        return network
     if name == GRAPH:
         graph = options.pop("graph", None)
         if options or not isinstance(graph, dict):
@@ -76,6 +89,11 @@ def build(name: str, *, num_classes: int, image_shape: ImageShape, **options: ob
     if foreign := sorted(options.keys() - set(architecture.options)):
         raise ValueError(f"{name} has no options {foreign}: it takes {architecture.options or 'none'}")
     return architecture.network(num_classes, image_shape, **options)
+
+
+def _against_zero(network: nn.Module, inputs: object, logit: Tensor) -> Tensor:
+    """(n, 1) to (n, 2): logits (0, x) decide as a logit x does, with the cross-entropy of its sigmoid."""
+    return functional.pad(logit, (1, 0))
 
 
 class _NoRandomFill(TorchFunctionMode):

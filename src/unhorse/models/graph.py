@@ -43,7 +43,7 @@ _softmax abs adaptive_avg_pool1d adaptive_avg_pool2d
 adaptive_max_pool2d add addcdiv addcmul addmm amax amin arange argmax atan avg_pool1d avg_pool2d baddbmm
 batch_norm bitwise_and bmm cat ceil celu channel_shuffle chunk clamp clamp_max clamp_min concat
 constant_pad_nd conv1d conv2d conv_transpose2d convolution copysign cos cumsum div divide dot einsum elu
-embedding eq erf exp expand expand_as eye flatten flip floor floor_divide fmod full full_like gather ge
+embedding eq erf exp expand expand_as expm1 eye flatten flip floor floor_divide fmod full full_like gather ge
 gelu getitem glu group_norm gt hardshrink hardsigmoid hardswish hardtanh hstack index index_put
 index_select instance_norm layer_norm le leaky_relu linalg_vector_norm linear linspace log log10 log1p
 log2 log_sigmoid log_softmax logical_and logical_not logical_or logsumexp lt masked_fill matmul max
@@ -51,7 +51,7 @@ max_pool1d max_pool2d max_pool2d_with_indices maximum mean min minimum mish mm m
 narrow native_batch_norm native_group_norm native_layer_norm ne neg negative new_full new_ones new_zeros
 norm numpy_T ones ones_like pad permute pixel_shuffle pixel_unshuffle pow prelu prod reciprocal
 reflection_pad2d relu relu6 remainder repeat repeat_interleave replication_pad2d reshape reshape_as
-rms_norm roll rsqrt rsub scalar_tensor scaled_dot_product_attention select selu sigmoid silu sin slice
+rms_norm roll round rsqrt rsub scalar_tensor scaled_dot_product_attention select selu sigmoid silu sin slice
 softmax softplus softshrink softsign split split_with_sizes sqrt square squeeze stack std sub subtract
 sum swapaxes swapdims t tanh tensor_split threshold tile to transpose tril triu true_divide type_as
 unbind unflatten unfold unsqueeze upsample_bicubic2d upsample_bilinear2d upsample_nearest2d var var_mean

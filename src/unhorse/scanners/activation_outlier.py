@@ -43,6 +43,8 @@ BF16_FROM = 700_000
 """Weights from which "auto" may take bf16: scans of smaller networks take seconds in fp32 too, and bf16 makes
 them depend on the last bits of the weights."""
 CLEAN_IMAGES, MANY = 128, 100
+HIDDEN = "MD308"
+"""The rule of what is assumed of a model whose outputs are probabilities that cannot be undone."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +280,9 @@ def _warnings(model: Classifier, reference: Reference | None) -> tuple[str, ...]
 
 def unfit(model: Classifier) -> str:
     """Why no outlier among its classes can be looked for; empty if one can."""
+    hidden = [line for line in model.assumptions if line.startswith(HIDDEN)]
+    if hidden:
+        return hidden[0].removeprefix(HIDDEN).strip()
     if model.num_classes < 3:
         return f"{model.num_classes} class(es): an outlier needs 3 or more; check --classes"
     return ""
