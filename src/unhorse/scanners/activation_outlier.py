@@ -32,6 +32,7 @@ from unhorse.scanners.margins import (
     Margins,
     outlier_score,
     start_images,
+    unfit,
     unreadable,
 )
 from unhorse.scanners.optimisation import Precision, frozen, uses_bf16
@@ -43,8 +44,6 @@ BF16_FROM = 700_000
 """Weights from which "auto" may take bf16: scans of smaller networks take seconds in fp32 too, and bf16 makes
 them depend on the last bits of the weights."""
 CLEAN_IMAGES, MANY = 128, 100
-HIDDEN = "MD308"
-"""The rule of what is assumed of a model whose outputs are probabilities that cannot be undone."""
 
 
 @dataclass(frozen=True)
@@ -276,16 +275,6 @@ def _warnings(model: Classifier, reference: Reference | None) -> tuple[str, ...]
         said = f"the threshold is that of models with 10 classes; of {k} one stands out sooner: --reference"
         return (said,)
     return ()
-
-
-def unfit(model: Classifier) -> str:
-    """Why no outlier among its classes can be looked for; empty if one can."""
-    hidden = [line for line in model.assumptions if line.startswith(HIDDEN)]
-    if hidden:
-        return hidden[0].removeprefix(HIDDEN).strip()
-    if model.num_classes < 3:
-        return f"{model.num_classes} class(es): an outlier needs 3 or more; check --classes"
-    return ""
 
 
 def _labelled(model: Classifier, clean: Dataset, drawn: Tensor) -> Inputs:

@@ -14,10 +14,10 @@ import torch
 
 from unhorse.core import Classifier, Dataset, Reference, ScanResult, Scores, Table, Verdict
 from unhorse.metrics import judge
-from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier, unfit
+from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
-from unhorse.scanners.margins import unreadable
+from unhorse.scanners.margins import unfit, unreadable
 from unhorse.scanners.readings import Readings
 
 CARD = "generalist.json"

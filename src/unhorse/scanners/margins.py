@@ -20,6 +20,8 @@ from unhorse.scanners.screening import Plan
 BASE_LEVELS = (0.0, 0.5, 0.25, 0.75)  # start images: a flat grey of this level and some noise
 SHOWN = 50
 """At most as many maps are kept: those of 1000 classes at 224x224 would take 600 MB per start."""
+HIDDEN = "MD308"
+"""The rule of what is assumed of a model whose outputs are probabilities that cannot be undone."""
 LEAST_MARGIN = 1e-3
 """The least margin, as a share of the largest: one below 0 says no more."""
 
@@ -183,6 +185,16 @@ def start_images(model: Classifier, count: int, seed: int) -> Images:
     levels = torch.tensor([BASE_LEVELS[index % len(BASE_LEVELS)] for index in range(count)])
     noise = 0.2 * torch.rand(count, *model.image_shape, generator=rng)
     return (levels[:, None, None, None] + noise).to(model.mean.device)
+
+
+def unfit(model: Classifier) -> str:
+    """Why no outlier among its classes can be looked for; empty if one can."""
+    hidden = [line for line in model.assumptions if line.startswith(HIDDEN)]
+    if hidden:
+        return hidden[0].removeprefix(HIDDEN).strip()
+    if model.num_classes < 3:
+        return f"{model.num_classes} class(es): an outlier needs 3 or more; check --classes"
+    return ""
 
 
 def unreadable(model: Classifier, margins: Margins) -> str:
