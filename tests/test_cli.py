@@ -97,10 +97,6 @@ def unknown(path: Path) -> Path:
     return path
 
 
-def missing(path: Path) -> Path:
-    return path
-
-
 @pytest.mark.parametrize(
     ("make", "said", "expected"),
     [
@@ -108,7 +104,6 @@ def missing(path: Path) -> Path:
         (truncated, "safetensors", 2),
         (not_a_number, "NaN", 1),  # a finding of medium severity, LD207
         (unknown, "--arch", 2),
-        (missing, "check the path", 2),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )
@@ -119,6 +114,11 @@ def test_what_cannot_be_loaded_fails_with_a_remedy(make, said, expected, tmp_pat
     out = capsys.readouterr()
     assert "FAILED" in out.out and "Traceback" not in out.out + out.err
     assert "NO SIGN" not in out.out
+
+
+def test_a_missing_file_exits_4_with_a_remedy(tmp_path, capsys):
+    assert run([*SCAN, str(tmp_path / "model.safetensors")]) == 4
+    assert "no such file" in (said := capsys.readouterr().err) and "check the path" in said
 
 
 def test_wrong_classes_fail_with_a_remedy(victims, tmp_path):

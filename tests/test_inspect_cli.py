@@ -54,9 +54,9 @@ def test_inspect_says_format_hash_and_findings_and_runs_nothing(files, tmp_path,
     assert "NOT SCANNED" in capsys.readouterr().out
 
 
-def test_a_good_file_alone_exits_with_0_and_a_missing_one_with_2(files, tmp_path):
+def test_a_good_file_alone_exits_with_0_and_a_missing_one_with_4(files, tmp_path):
     assert run(["inspect", str(files / "good.pt")]) == 0
-    assert run(["inspect", str(tmp_path / "nothing.pt")]) == 2
+    assert run(["inspect", str(tmp_path / "nothing.pt")]) == 4
     (tmp_path / "empty").mkdir()
     assert run(["inspect", str(tmp_path / "empty")]) == 3
 

@@ -15,7 +15,7 @@ from unhorse.rules import Severity
 SOURCE = Path(unhorse.__file__).parent
 IDS = [
     *(f"BD10{number}" for number in range(1, 5)),
-    *(f"LD{number}" for number in (*range(201, 229), 230, 231, 235, 236, 237, 239, 240)),
+    *(f"LD{number}" for number in (*range(201, 229), *range(230, 238), 239, 240)),
     *(f"MD30{number}" for number in range(1, 9)),
 ]
 

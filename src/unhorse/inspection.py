@@ -11,6 +11,7 @@ from typing import Any
 
 from unhorse import jobs
 from unhorse.checks.expectations import Facts
+from unhorse.loading.listing import Looked
 from unhorse.loading.network_code import require_confinement
 from unhorse.loading.sources import opened
 from unhorse.report import Report, ScannedModel
@@ -24,6 +25,7 @@ _NO_MEAN = "MD301 the file says no normalisation: a scan will assume one; pass -
 
 def inspect_models(
     models: Sequence[Path],
+    looked: Sequence[Looked] = (),
     *,
     loading: Mapping[str, Any] | None = None,
     workers: int = 1,
@@ -31,17 +33,18 @@ def inspect_models(
 ) -> Report:
     """Every file looked at in a restricted process of its own; what breaks a rule stops nothing.
 
-    With `loading`, arguments of load_model that say the network, the weights are tried in it, too.
+    With `loading`, arguments of load_model that say the network, the weights are tried in it, too. `looked`
+    are models in archives, which were looked at as the archives were listed.
     """
     require_confinement((loading or {}).get("network"))
     todo = [_Look(path, loading or {}) for path in models]
     done = jobs.gather("the inspection", todo, workers=workers)
+    seen = (
+        done.values.get(job.path) or ScannedModel(str(job.path), inspected=True, error=done.errors[job.path])
+        for job in todo
+    )
     return Report(
-        tuple(
-            done.values.get(job.path)
-            or ScannedModel(str(job.path), inspected=True, error=done.errors[job.path])
-            for job in todo
-        ),
+        (*seen, *map(_inside, looked)),
         command=tuple(command),
         environment=_environment(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -81,6 +84,14 @@ class _Look:
         file = load(self.path, self.loading)
         model = describe(self.path, file.model, file)
         return replace(model, inspected=True)
+
+
+def _inside(looked: Looked) -> ScannedModel:
+    member = looked.member
+    seen = ScannedModel(
+        looked.path, sha256=member.sha256, size=member.size, format=member.format, inspected=True, seconds=0.0
+    )
+    return _described(seen, member.facts or Facts(), looked.tier)
 
 
 def _described(seen: ScannedModel, facts: Facts, tier: str) -> ScannedModel:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 from unhorse.findings import counted, findings_of, incomplete
 from unhorse.rulebook import RULES
 from unhorse.rules import Finding, Severity
-from unhorse.scanned_model import ScannedModel
+from unhorse.scan_report import counts_json, counts_words
+from unhorse.scanned_model import FileCounts, ScannedModel
 from unhorse.wording import NOT_SCANNED, PROSE_LENGTH, plain
 
 if TYPE_CHECKING:
@@ -21,12 +23,27 @@ def to_junit(report: Report) -> str:
     judged, skipped for what was only looked at or is suppressed.
     """
     top = ElementTree.Element("testsuites", name="unhorse")
+    if report.files is not None:
+        top.append(_files(report.files, report.models))
     for model in report.models:
         top.append(_suite(model, report.created))
     for count in ("tests", "failures", "errors", "skipped"):
         top.set(count, str(sum(int(suite.get(count, "0")) for suite in top)))
     ElementTree.indent(top)
     return f'<?xml version="1.0" encoding="UTF-8"?>\n{ElementTree.tostring(top, encoding="unicode")}\n'
+
+
+def _files(files: FileCounts, models: Sequence[ScannedModel]) -> ElementTree.Element:
+    """How many files were seen, and of each kind, as a suite without cases."""
+    suite = ElementTree.Element("testsuite", name="files")
+    for count in ("tests", "failures", "errors", "skipped"):
+        suite.set(count, "0")
+    properties = ElementTree.SubElement(suite, "properties")
+    for name, number in counts_json(files, models).items():
+        if isinstance(number, int):
+            ElementTree.SubElement(properties, "property", name=name, value=str(number))
+    ElementTree.SubElement(suite, "system-out").text = counts_words(files, models)
+    return suite
 
 
 def _suite(model: ScannedModel, created: str) -> ElementTree.Element:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,41 +12,63 @@ if TYPE_CHECKING:
     from unhorse.core import Classifier
     from unhorse.loading.assembly import Said
     from unhorse.loading.formats import Networks, Opened
+    from unhorse.loading.listing import Listing, Skipped
     from unhorse.loading.sources import Source
-
-SUFFIXES = (
-    *(".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".pt2", ".onnx", ".keras", ".h5", ".hdf5"),
-    *(".pkl", ".pickle", ".pb", ".mar", ".tar", ".joblib", ".npz", ".gguf"),
-)
-"""What may be a model. Which it is decides its content; what is not opened is reported as not scanned."""
-_FOLDER_MARKS = ("card.json", "config.json")
+    from unhorse.report import Report
+    from unhorse.scanned_model import ScannedModel
 
 
 def find_models(paths: Sequence[Path]) -> list[Path]:
     """The models that `paths` name: a model's folder or a file as it is, any other folder with all the models
-    below it.
+    below it, whatever their names.
     """
-    found: list[Path] = []
-    for path in paths:
-        if not path.is_dir() or _is_model(path):
-            found.append(path)
-            continue
-        inside: list[Path] = []
-        for folder, folders, names in os.walk(path):
-            here = Path(folder)
-            if _is_model(here):
-                inside.append(here)
-                folders.clear()
-                continue
-            inside += [here / name for name in names if name.lower().endswith(SUFFIXES)]
-        found += sorted(inside)
-    return found
+    from unhorse.loading.folders import list_files
+
+    return list_files(paths).models
 
 
-def _is_model(folder: Path) -> bool:
-    """Whether a folder is one model: written by unhorse, or in the layout of Hugging Face."""
-    marked = any((folder / mark).is_file() for mark in _FOLDER_MARKS)
-    return marked and any(folder.glob("*.safetensors")) or marked and (folder / "pytorch_model.bin").exists()
+def with_listing(report: Report, listing: Listing) -> Report:
+    """A report with the files that were not looked at, and how many files there were of each kind."""
+    from dataclasses import replace
+
+    from unhorse.scanned_model import FileCounts
+
+    skipped = tuple(map(_not_looked_at, listing.skipped))
+    files = FileCounts(
+        seen=listing.seen,
+        parts=listing.parts,
+        archives=listing.archives,
+        excluded=listing.excluded,
+        harmless=dict(listing.harmless),
+        links=tuple(listing.links),
+    )
+    return replace(report, models=(*report.models, *skipped), files=files)
+
+
+def _not_looked_at(skipped: Skipped) -> ScannedModel:
+    from unhorse.rulebook import RULES
+    from unhorse.rules import Finding, Severity
+    from unhorse.scanned_model import ScannedModel
+
+    more = tuple(
+        Finding(
+            problem.rule,
+            problem.reason,
+            problem.remedy,
+            RULES[problem.rule].severity if problem.rule in RULES else Severity.LOW,
+        )
+        for problem in skipped.more
+    )
+    return ScannedModel(
+        skipped.path,
+        sha256=skipped.sha256,
+        size=skipped.size,
+        format=skipped.format,
+        error=str(skipped.problem),
+        error_rule=skipped.problem.rule,
+        findings=more,
+        inspected=True,
+    )
 
 
 def prepare(models: Sequence[Path]) -> None:
@@ -70,8 +91,11 @@ def prepare(models: Sequence[Path]) -> None:
 
 def load(path: Path, options: Mapping[str, Any]) -> Opened:
     """open_model with a command's options, `image_size` and `channels` turned into an image shape."""
+    from unhorse.loading.addresses import missing
     from unhorse.loading.formats import open_model
 
+    if (nothing := missing(path)) is not None:
+        raise nothing
     return open_model(path, _said(options), progress=_told(path))
 
 

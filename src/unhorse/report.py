@@ -22,20 +22,30 @@ from unhorse.repair_report import RepairedModel, repair_json, repair_terminal
 from unhorse.rulebook import RULES
 from unhorse.rules import Severity
 from unhorse.sarif import to_sarif
-from unhorse.scan_report import SHOWN, model_json, models_terminal
-from unhorse.scanned_model import ScannedModel
+from unhorse.scan_report import (
+    SHOWN,
+    counts_json,
+    counts_terminal,
+    counts_words,
+    model_json,
+    models_terminal,
+)
+from unhorse.scanned_model import FileCounts, ScannedModel
 from unhorse.wording import MEANING, ORDER, PROSE_LENGTH, finite, number, percent, plain
 
 __all__ = ["Report", "ScannedModel", "dumps", "exit_code", "save", "to_html", "to_json", "to_terminal"]
 
 SCHEMA = "unhorse-report-3"
 PAGE_BYTES = 3_000_000
+DETAILED = 400
+"""Of more models than that the page details the most serious only."""
 
 
 @dataclass(frozen=True)
 class Report:
     """All models, guards and repairs of one command (argv); `environment`: versions, device, seed ...;
-    `created`: ISO 8601; `warnings` concern no single model; `interrupted`: a signal ended the command early.
+    `created`: ISO 8601; `warnings` concern no single model; `interrupted`: a signal ended the command early;
+    `files`: what was seen beside the models.
     """
 
     models: tuple[ScannedModel, ...] = ()
@@ -46,6 +56,7 @@ class Report:
     repairs: tuple[RepairedModel, ...] = ()
     warnings: tuple[str, ...] = ()
     interrupted: bool = False
+    files: FileCounts | None = None
 
 
 def exit_code(report: Report, fail_on: str = Severity.MEDIUM) -> int:
@@ -132,6 +143,8 @@ def to_json(report: Report) -> dict[str, object]:
         "warnings": [plain(text, PROSE_LENGTH) for text in report.warnings],
         "models": [*map(model_json, report.models)],
     }
+    if report.files is not None:
+        document["files"] = counts_json(report.files, report.models)
     guards, repairs = [guard_json(guard) for guard in report.guards], [*map(repair_json, report.repairs)]
     return document | ({"guards": guards} if guards else {}) | ({"repairs": repairs} if repairs else {})
 
@@ -143,7 +156,8 @@ def to_html(report: Report) -> str:
     """One page without scripts or outside references, under 3 MB, if need be with fewer details."""
     models = sorted(report.models, key=_gravity)
     page = ""
-    for detailed in (len(models), *(fewer for fewer in (32, 8, 2, 1) if fewer < len(models))):
+    most = len(models) if len(models) <= DETAILED else 32
+    for detailed in (most, *(fewer for fewer in (32, 8, 2, 1) if fewer < most)):
         page = _render(report, models, detailed)
         if len(page.encode()) < PAGE_BYTES:
             break
@@ -190,6 +204,7 @@ def _render(report: Report, models: Sequence[ScannedModel], detailed: int) -> st
         meaning=MEANING,
         policies=POLICIES,
         command=shlex.join(report.command),
+        files="" if report.files is None else counts_words(report.files, report.models),
         counts=Counter(model.verdict for model in models),
         kind=lambda exhibit: type(exhibit).__name__,
         contact_sheet=lambda grid: drawing.contact_sheet(grid, budget),
@@ -212,4 +227,5 @@ def to_terminal(report: Report) -> RenderableType:
     others = [*map(guard_terminal, report.guards), *map(repair_terminal, report.repairs)]
     warnings = [Text(f"warning: {plain(text, PROSE_LENGTH)}", "yellow") for text in report.warnings]
     models = [] if others and not report.models else [models_terminal(report.models)]
-    return Group(*models, *others, *warnings)
+    files = [] if report.files is None else [counts_terminal(report.files, report.models)]
+    return Group(*models, *files, *others, *warnings)

@@ -13,6 +13,7 @@ from urllib.parse import quote_from_bytes
 from unhorse.findings import findings_of, fingerprint, incomplete
 from unhorse.rulebook import RULES
 from unhorse.rules import Confidence, Finding, Rule, Severity
+from unhorse.scan_report import counts_json
 from unhorse.scanned_model import ScannedModel
 from unhorse.wording import PROSE_LENGTH, plain
 
@@ -47,12 +48,14 @@ def to_sarif(report: Report, root: Path | None = None) -> dict[str, object]:
     version = report.environment.get("unhorse")
     if isinstance(version, str) and version:
         driver["version"] = version
-    run = {
+    run: dict[str, object] = {
         "tool": {"driver": driver},
         "invocations": [_invocation(report, locations)],
         "artifacts": list(artifacts.values()),
         "results": [_result(model, finding, location, places) for model, finding, location in found],
     }
+    if report.files is not None:
+        run["properties"] = {"files": counts_json(report.files, report.models)}
     return {"$schema": SCHEMA_URI, "version": "2.1.0", "runs": [run]}
 
 

@@ -14,8 +14,8 @@ from rich.text import Text
 from unhorse.findings import findings_of, fingerprint
 from unhorse.rulebook import RULES
 from unhorse.rules import Finding
-from unhorse.scanned_model import ScannedModel
-from unhorse.wording import PROSE_LENGTH, STYLES, finite, number, percent, plain
+from unhorse.scanned_model import FileCounts, ScannedModel
+from unhorse.wording import NOT_SCANNED, PROSE_LENGTH, STYLES, finite, number, percent, plain
 
 if TYPE_CHECKING:
     from unhorse.core import ScanResult
@@ -99,11 +99,69 @@ def _result_json(model: ScannedModel, result: ScanResult | None) -> dict[str, ob
     }
 
 
+def counts_json(files: FileCounts, models: Sequence[ScannedModel]) -> dict[str, object]:
+    """How many files were seen, and of each kind: the other numbers add up to `seen`."""
+    opened, unopened = _opened(models)
+    return {
+        "seen": files.seen,
+        "models": opened,
+        "not_scanned": unopened,
+        "parts": files.parts,
+        "archives": files.archives,
+        "harmless": sum(files.harmless.values()),
+        "links": len(files.links),
+        "excluded": files.excluded,
+        "harmless_kinds": {plain(word): count for word, count in sorted(files.harmless.items())},
+        "linked": [{"path": path, "leads_to": target} for path, target in files.links],
+    }
+
+
+def _opened(models: Sequence[ScannedModel]) -> tuple[int, int]:
+    """How many files were opened, and how many were not; a file may have several networks."""
+    opened = {model.path for model in models if not model.error}
+    return len(opened), len({model.path for model in models} - opened)
+
+
+def counts_words(files: FileCounts, models: Sequence[ScannedModel]) -> str:
+    """The same in a line: "14 files: 3 models, 1 NOT SCANNED, 10 harmless (4 images, 6 text)"."""
+    opened, unopened = _opened(models)
+    kinds = ", ".join(
+        f"{count} {plain(word)}{'s' * (count > 1 and word in ('image', 'table'))}"
+        for word, count in sorted(files.harmless.items())
+    )
+    parts = [
+        (opened, "model" if opened == 1 else "models"),
+        (unopened, NOT_SCANNED),
+        (files.parts, "part of a model" if files.parts == 1 else "parts of models"),
+        (files.archives, "archive" if files.archives == 1 else "archives"),
+        (sum(files.harmless.values()), f"harmless ({kinds})"),
+        (len(files.links), "link to another of them" if len(files.links) == 1 else "links to others of them"),
+        (files.excluded, "excluded"),
+    ]
+    said = ", ".join(f"{count} {word}" for count, word in parts if count)
+    return f"{files.seen} file{'' if files.seen == 1 else 's'}{': ' if said else ''}{said}"
+
+
 # --- the terminal -------------------------------------------------------------------------------------------
 
 
+def counts_terminal(files: FileCounts, models: Sequence[ScannedModel]) -> RenderableType:
+    """The counts in a line, and the links by name."""
+    lines = [Text(f"link: {plain(path)} leads to {plain(target)}") for path, target in files.links[:SHOWN]]
+    return Group(*lines, Text(counts_words(files, models), "bold"))
+
+
 def models_terminal(models: Sequence[ScannedModel]) -> RenderableType:
-    """A table with one row per model; below it what each model's owner should know and do."""
+    """A table with one row per model; below it what each model's owner should know and do. Of many files
+    that were not looked at the first are shown.
+    """
+    unknown = [model for model in models if model.error_rule == "LD232"]
+    if len(unknown) > SHOWN:
+        left_out = {id(model) for model in unknown[SHOWN:]}
+        words = f"and {len(left_out)} more files {NOT_SCANNED} [LD232]: see --json"
+        return Group(
+            models_terminal([model for model in models if id(model) not in left_out]), Text(words, "bold")
+        )
     inspected = bool(models) and all(model.inspected for model in models)
     table = TerminalTable(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("model", overflow="fold")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from unhorse.rulebook import RULES
@@ -15,6 +16,22 @@ if TYPE_CHECKING:
 
 BROKEN = {LoadFailed.rule, "LD231"}
 """The rules of files that looked loadable and turned out broken: a failure, not a refusal."""
+
+
+@dataclass(frozen=True)
+class FileCounts:
+    """How many files a command has seen. All but models and those NOT SCANNED are counted here.
+
+    `parts` belong to models of several files; `archives` were read to their end, and their members are files
+    as well; `harmless` counts by kind; `links` lead to another file that was seen.
+    """
+
+    seen: int = 0
+    parts: int = 0
+    archives: int = 0
+    excluded: int = 0
+    harmless: Mapping[str, int] = field(default_factory=dict)
+    links: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from unhorse.rules import Finding, Severity
 from unhorse.scanned_model import ScannedModel
 
 FILE = "unhorse.toml"
+_OLDER = ("unhorse-report-2",)  # the findings had the same form
 _KEYS = ("rule", "sha256", "path", "reason", "expires")
 _EXAMPLE = (
     '[[ignore]] with rule = "LD201", path = "models/*.pb" or sha256 = "...", reason = "...", '
@@ -48,10 +49,12 @@ class Ignore:
 
 @dataclass(frozen=True)
 class Config:
-    """What `unhorse.toml` says; `severity` replaces that of a rule."""
+    """What `unhorse.toml` says; `severity` replaces that of a rule, `exclude` and `include` choose files."""
 
     ignore: tuple[Ignore, ...] = ()
     severity: Mapping[str, Severity] = field(default_factory=dict)
+    exclude: tuple[str, ...] = ()
+    include: tuple[str, ...] = ()
 
 
 def apply(
@@ -108,7 +111,7 @@ def read_baseline(path: Path) -> frozenset[str]:
         raise ValueError(f"the baseline {path} cannot be read ({error.strerror}): {remedy}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the baseline {path} is not JSON: {remedy}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    if not isinstance(document, dict) or document.get("schema") not in (SCHEMA, *_OLDER):
         raise ValueError(f"the baseline {path} is no report of the kind {SCHEMA}: {remedy}")
     try:
         found = [str(finding["fingerprint"]) for model in document["models"] for finding in model["findings"]]
@@ -129,14 +132,22 @@ def read_config(path: Path | None = None) -> Config:
         raise ValueError(f"{path} cannot be read ({error.strerror}): name an existing file") from error
     except ValueError as error:
         raise ValueError(f"{path} is not TOML ({error}): write it as docs/integration.md shows") from error
-    _known(document, ("ignore", "severity"), str(path))
+    _known(document, ("ignore", "severity", "exclude", "include"), str(path))
     entries, severity = document.get("ignore", []), document.get("severity", {})
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path}: ignore is not a list of tables: write {_EXAMPLE}")
     if not isinstance(severity, dict):
         raise ValueError(f'{path}: severity is not a table: write [severity] and below it MD301 = "none"')
     ignore = tuple(_ignore(entry, f"{path}, entry {place}") for place, entry in enumerate(entries, 1))
-    return Config(ignore, {find_rule(str(rule)).id: _level(level, path) for rule, level in severity.items()})
+    levels = {find_rule(str(rule)).id: _level(level, path) for rule, level in severity.items()}
+    exclude, include = (_patterns(document.get(key, []), key, path) for key in ("exclude", "include"))
+    return Config(ignore, levels, exclude, include)
+
+
+def _patterns(value: object, key: str, path: Path) -> tuple[str, ...]:
+    if not isinstance(value, list) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise ValueError(f'{path}: {key} is not a list of patterns: write {key} = ["data/*", "*.parquet"]')
+    return tuple(value)
 
 
 def _ignore(entry: Mapping[str, object], where: str) -> Ignore:

@@ -121,7 +121,12 @@ def open_member(stream: BinaryIO, member: Member) -> BinaryIO:
     """A stream over one member: a window if it is stored, its unpacked bytes otherwise."""
     if member.method == DEFLATED:
         return io.BytesIO(read_member(stream, member, MAX_UNPACKED_BYTES))
-    return io.BufferedReader(_Window(stream, _check_local(stream, member), member.size))
+    return window(stream, _check_local(stream, member), member.size)
+
+
+def window(stream: BinaryIO, start: int, size: int) -> BinaryIO:
+    """A stream over a part of another one."""
+    return io.BufferedReader(_Window(stream, start, size))
 
 
 class _Window(io.RawIOBase):

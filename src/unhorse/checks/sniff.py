@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,15 +94,15 @@ def _archive_kind(stream: BinaryIO) -> Format:
         names = [member.name for member in read_directory(stream).members]
     except LoadFailed:
         return Format.BROKEN_ZIP
-    signs = _signs({name.partition("/")[2] for name in names} | set(names), names)
+    signs = model_signs(names)
     if len(signs) > 1:
         raise stray(f"the archive has the members of two formats: {' and '.join(sorted(signs))}")
     return signs.pop() if signs else Format.UNKNOWN
 
 
-def _signs(members: set[str], names: Iterable[str]) -> set[Format]:
-    """Which formats the names of the members speak for; a richer format includes a plainer one."""
-    found = set()
+def model_signs(names: Sequence[str]) -> set[Format]:
+    """Which formats the names of an archive's members speak for; a richer one includes a plainer one."""
+    members, found = {name.partition("/")[2] for name in names} | set(names), set()
     if {"archive_format", "serialized_exported_program.json"} & members:
         found.add(Format.PT2)
     if ".data/extern_modules" in members or ".data/python_version" in members:

@@ -7,17 +7,26 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from unhorse.cli.options import AS_THE_FILE_SAYS, COMPUTE, TERMINAL_ONLY, ModelOptions, ReportOptions
-from unhorse.cli.output import check_writable, command_line, delivery
+from unhorse.cli.options import (
+    AS_THE_FILE_SAYS,
+    COMPUTE,
+    EVERY_FILE,
+    TERMINAL_ONLY,
+    FileOptions,
+    ModelOptions,
+    ReportOptions,
+)
+from unhorse.cli.output import check_writable, command_line, delivery, listing
 from unhorse.jobs import say
 
 
 def inspect(
     paths: Annotated[
-        tuple[Path, ...], Parameter(help="Model files, Hugging Face folders, or folders of them.")
+        tuple[Path, ...], Parameter(help="Model files, Hugging Face folders, archives, or folders of them.")
     ],
     /,
     *,
+    files: FileOptions = EVERY_FILE,
     jobs: Annotated[int, Parameter(group=COMPUTE, help="Files at a time.")] = 1,
     options: ModelOptions = AS_THE_FILE_SAYS,
     output: ReportOptions = TERMINAL_ONLY,
@@ -27,11 +36,13 @@ def inspect(
     With --layers, --network, or another flag that says the network, the weights are tried in it.
     """
     from unhorse.inspection import inspect_models
-    from unhorse.model_files import find_models
+    from unhorse.model_files import with_listing
 
     deliver = delivery(output)
     loading = {} if options == AS_THE_FILE_SAYS else options.loading()
-    return deliver(inspect_models(find_models(paths), loading=loading, workers=jobs, command=command_line()))
+    found = listing(paths, files, output)
+    report = inspect_models(found.models, found.looked, loading=loading, workers=jobs, command=command_line())
+    return deliver(with_listing(report, found))
 
 
 def convert(

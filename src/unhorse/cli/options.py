@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Group, Parameter
 
 MODEL = Group("What the file does not say", sort_key=2)
+FILES = Group("Files", sort_key=1)
 OUTPUT = Group("Output", sort_key=3)
 COMPUTE = Group("Compute", sort_key=4)
 
@@ -118,6 +119,22 @@ class ReportOptions:
 
 
 TERMINAL_ONLY = ReportOptions()
+
+
+@Parameter(name="*", group=FILES, negative=())
+@dataclass(frozen=True, kw_only=True)
+class FileOptions:
+    """Which files below the paths count; those left out are counted in the report."""
+
+    exclude: Annotated[
+        tuple[str, ...], Parameter(help="Leave out files of this pattern, e.g. '*.parquet'; repeatable.")
+    ] = ()
+    include: Annotated[
+        tuple[str, ...], Parameter(help="Look only at files of this pattern; repeatable.")
+    ] = ()
+
+
+EVERY_FILE = FileOptions()
 
 
 @Parameter(name="*", group=COMPUTE, negative=())

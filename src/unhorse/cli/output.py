@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from unhorse.jobs import say
 
 if TYPE_CHECKING:
-    from unhorse.cli.options import ReportOptions
+    from unhorse.cli.options import FileOptions, ReportOptions
+    from unhorse.loading.listing import Listing
     from unhorse.report import Report
 
 
@@ -87,6 +88,16 @@ def interrupted(models: Sequence[Path]) -> Report:
     error = "interrupted before this model was opened"
     unseen = tuple(ScannedModel(str(path), error=error) for path in models)
     return Report(unseen, command=command_line(), interrupted=True)
+
+
+def listing(paths: Sequence[Path], files: FileOptions, output: ReportOptions) -> Listing:
+    """What is to be done with each file of the paths, as the flags and the configuration say."""
+    from unhorse import suppression
+    from unhorse.loading.folders import list_files
+    from unhorse.loading.listing import Patterns
+
+    config = suppression.read_config(output.config)
+    return list_files(paths, Patterns((*files.exclude, *config.exclude), files.include or config.include))
 
 
 def command_line() -> tuple[str, ...]:

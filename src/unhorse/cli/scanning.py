@@ -10,15 +10,21 @@ from cyclopts import App, Parameter
 from unhorse.cli.labels import read_class_names
 from unhorse.cli.options import (
     COMPUTE,
+    EVERY_FILE,
     MODEL,
     SCANNED_AS_THE_FILE_SAYS,
     TERMINAL_ONLY,
     TWO_JOBS_HERE,
     EngineOptions,
+<<<<<<< HEAD
+=======
+    FileOptions,
+    ModelOptions,
+>>>>>>> 652c6f0 (List every file of a folder, whatever its name, and look into archives)
     ReportOptions,
     ScannedModelOptions,
 )
-from unhorse.cli.output import command_line, delivery, epochs_progress, interrupted
+from unhorse.cli.output import command_line, delivery, epochs_progress, interrupted, listing
 from unhorse.jobs import say
 
 Effort = Literal["quick", "standard", "deep"]
@@ -28,7 +34,7 @@ scanner_app = App(name="scanner", help="Learned scanners.")
 
 def scan(  # noqa: PLR0913 - one parameter per flag
     paths: Annotated[
-        tuple[Path, ...], Parameter(help="Model files, classifier folders, or folders of them.")
+        tuple[Path, ...], Parameter(help="Model files, classifier folders, archives, or folders of them.")
     ],
     /,
     *,
@@ -52,7 +58,12 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     labels: Annotated[
         Path | None, Parameter(group=MODEL, help="Class names: a text file with one a line, or JSON.")
     ] = None,
+<<<<<<< HEAD
     options: ScannedModelOptions = SCANNED_AS_THE_FILE_SAYS,
+=======
+    files: FileOptions = EVERY_FILE,
+    options: ModelOptions = AS_THE_FILE_SAYS,
+>>>>>>> 652c6f0 (List every file of a folder, whatever its name, and look into archives)
     timeout: Annotated[
         float | None, Parameter(group=COMPUTE, help="Seconds per model; then UNDECIDED, with what was seen.")
     ] = None,
@@ -62,10 +73,11 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     output: ReportOptions = TERMINAL_ONLY,
 ) -> int:
     """Say whether models are trojaned, with evidence; no training data needed."""
-    from unhorse.model_files import find_models, prepare
+    from unhorse.model_files import prepare, with_listing
 
     deliver = delivery(output)
-    models = find_models(paths)
+    found = listing(paths, files, output)
+    models = [*found.models, *(Path(looked.path) for looked in found.looked)]
     names = None if labels is None else read_class_names(labels)
     try:
         if jobs == 1:
@@ -83,9 +95,10 @@ def scan(  # noqa: PLR0913 - one parameter per flag
             timeout=timeout,
             cached=use_cache,
         )
-        return deliver(scan_models(models, request, workers=jobs, command=command_line()))
+        report = scan_models(models, request, workers=jobs, command=command_line())
     except KeyboardInterrupt:
-        return deliver(interrupted(models))
+        report = interrupted(models)
+    return deliver(with_listing(report, found))
 
 
 @scanner_app.command

@@ -14,10 +14,13 @@ from typing import BinaryIO
 from unhorse.checks import weight_files
 from unhorse.checks.onnx_outline import external_names, is_plain
 from unhorse.checks.sniff import EXPORT_REMEDY, Format, refusal, sniff
+from unhorse.loading import archived
 from unhorse.rules import LoadFailed, LoadRefused
 
 FOLDER = "folder"
 HUGGING_FACE = "Hugging Face folder"
+FOLDER_MARKS = ("card.json", "config.json")
+"""A folder without one of these is no model as a whole."""
 _CONFIGURATION = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
@@ -64,7 +67,7 @@ def opened(path: Path) -> Iterator[Source]:
         kind, problem = None, None
         if "config.json" not in names:
             kind, problem = _sniffed(files[0], path.name)
-        if kind is Format.ONNX:
+        if kind is Format.ONNX and archived.divided(path) is None:
             for name in _data_beside(files[0], folder):
                 names.append(name)
                 files.append(stack.enter_context(_open(folder / name)))
@@ -103,12 +106,37 @@ def _names(path: Path) -> tuple[list[str], Path]:
     )
 
 
+def parts_of(folder: Path) -> list[str]:
+    """The files of the one model that a folder is, its weights first; none where it is not one model."""
+    try:
+        return _names(folder)[0]
+    except (OSError, LoadRefused, LoadFailed):
+        return []
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file for reading: LoadRefused LD223 for a link or a device, LoadFailed where it cannot be."""
+    return _open(path)
+
+
+def hub_blob(path: Path) -> Path | None:
+    """Where a link of a hub's cache leads: from snapshots/COMMIT/... to blobs/ of the same repository."""
+    target = Path(os.path.realpath(path))
+    for folder in path.absolute().parents:
+        if folder.name == "snapshots":
+            return target if target.parent == Path(os.path.realpath(folder.parent / "blobs")) else None
+    return None
+
+
 def _open(path: Path, within: Path | None = None) -> BinaryIO:
     """A regular file, opened for reading, and not through a link, unless `within` a hub's snapshot folder."""
     flags = (
         os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     )
     try:
+        if (inside := archived.divided(path)) is not None:
+            with _open(inside[0]) as archive:
+                return archived.open_member(archive, inside[1])
         if path.is_symlink():
             path = _linked(path, within)
         descriptor = os.open(path, flags)
@@ -122,9 +150,11 @@ def _open(path: Path, within: Path | None = None) -> BinaryIO:
 
 def _linked(path: Path, within: Path | None) -> Path:
     """Where a link of a hub's cache leads: snapshots/<commit>/name to blobs/<hash>. Others are refused."""
-    target = path.resolve()
+    target = Path(os.path.realpath(path))
     if within is not None and target.parent == within.resolve().parent.parent / "blobs":
         return target
+    if (blob := hub_blob(path)) is not None:
+        return blob
     raise LoadRefused("LD223", f"{path.name} is a symbolic link", f"give the file it leads to: {target}")
 
 

@@ -14,6 +14,8 @@ Task = Callable[[list[BinaryIO], dict[str, Any]], tuple[dict[str, Any], bytes]]
 
 TASKS: dict[str, str] = {
     "check": "unhorse.checks.inspection:check_task",
+    "contents": "unhorse.checks.archive_contents:contents_task",
+    "member": "unhorse.checks.archive_contents:member_task",
     "read": "unhorse.loading.reading:read_task",
     "network": "unhorse.loading.network_reading:network_task",
     "tensors": "unhorse.loading.network_reading:tensors_task",
@@ -21,4 +23,4 @@ TASKS: dict[str, str] = {
 }
 
 # imports no torch: the light server imports these before it is asked, and no others
-LIGHT = frozenset({"check"})
+LIGHT = frozenset({"check", "contents", "member"})
