@@ -124,8 +124,8 @@ def test_hugging_face_folders_are_one_model_each(files, tmp_path):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
-    (folder / "model.onnx").write_bytes(b"")
-    assert find_models([tmp_path / "deep"]) == [folder]
+    (folder / "model.onnx").write_bytes(b"")  # no part of the model that the folder is
+    assert find_models([tmp_path / "deep"]) == [folder, folder / "model.onnx"]
 
 
 # --- the cache of scans -------------------------------------------------------------------------------------
@@ -142,19 +142,19 @@ def scanned():
 
 def test_what_is_kept_comes_back_equal(tmp_path):
     cache, expected = ScanCache(tmp_path), scanned()
-    cache.write("key", expected)
-    found = cache.read("key")
+    cache.write("key", (expected,))
+    (found,) = cache.read("key")
     assert (found.path, found.class_names, found.verdict) == ("m.pt", ("a", "b"), "INFECTED")
     assert torch.equal(found.result.triggers[3].pattern, expected.result.triggers[3].pattern)
     assert torch.equal(found.result.exhibits[0].images, expected.result.exhibits[0].images)
     assert found.result.facts == {"n": [1, 2]} and found.result.verdict is Verdict.INFECTED
-    assert cache.read("another") is None
+    assert cache.read("another") == ()
 
 
 @pytest.mark.parametrize("damage", [b"", b"\0" * 100, b"\x02\0\0\0\0\0\0\0{}"])
 def test_a_damaged_entry_is_as_good_as_none(tmp_path, damage):
     (tmp_path / "key.safetensors").write_bytes(damage)
-    assert ScanCache(tmp_path).read("key") is None
+    assert ScanCache(tmp_path).read("key") == ()
 
 
 def test_the_key_follows_the_file_and_all_that_was_asked(tmp_path):

@@ -57,8 +57,11 @@ def test_a_folder_gives_classifier_folders_and_model_files_below_it(victims, tmp
 
 
 def test_what_is_named_is_taken_as_it_is(victims, tmp_path):
-    paths = [victims / "benign", tmp_path / "anything.txt", tmp_path / "missing"]
+    (tmp_path / "anything.txt").write_text("no model")
+    paths = [victims / "benign", tmp_path / "anything.txt"]
     assert find_models(paths) == paths
+    with pytest.raises(ValueError, match="no such file"):
+        find_models([tmp_path / "missing"])
 
 
 def test_an_empty_folder_holds_no_models(tmp_path):

@@ -16,11 +16,7 @@ from unhorse.cli.options import (
     TERMINAL_ONLY,
     TWO_JOBS_HERE,
     EngineOptions,
-<<<<<<< HEAD
-=======
     FileOptions,
-    ModelOptions,
->>>>>>> 652c6f0 (List every file of a folder, whatever its name, and look into archives)
     ReportOptions,
     ScannedModelOptions,
 )
@@ -58,12 +54,8 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     labels: Annotated[
         Path | None, Parameter(group=MODEL, help="Class names: a text file with one a line, or JSON.")
     ] = None,
-<<<<<<< HEAD
-    options: ScannedModelOptions = SCANNED_AS_THE_FILE_SAYS,
-=======
     files: FileOptions = EVERY_FILE,
-    options: ModelOptions = AS_THE_FILE_SAYS,
->>>>>>> 652c6f0 (List every file of a folder, whatever its name, and look into archives)
+    options: ScannedModelOptions = SCANNED_AS_THE_FILE_SAYS,
     timeout: Annotated[
         float | None, Parameter(group=COMPUTE, help="Seconds per model; then UNDECIDED, with what was seen.")
     ] = None,
