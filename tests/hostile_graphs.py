@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hostile_files import Content, Corpus, Folder, Harm, Link, Piece, zipped
-from hostile_pickles import FLOATS, state, system, tensor, torch_zip, two
+from hostile_pickles import FLOATS, called, state, system, tensor, torch_zip, two
 
 # --- TorchScript --------------------------------------------------------------------------------------------
 
@@ -216,6 +216,13 @@ def _add_exported(corpus: Corpus) -> None:
     corpus.add("pt2/executorch", "LD215", exported(Piece("m/data/executorch/model.pte", b"x")))
     corpus.add(
         "pt2/sample-inputs-os-system", "LD205", lambda h: exported(samples=torch_zip(state(system(h))))
+    )
+    value = called("argparse", "Namespace")
+    corpus.add("pt2/sample-inputs-other-value", "LD205", exported(samples=torch_zip(state(value))))
+    corpus.add(
+        "pt2/sample-inputs-protocol-4",
+        "LD205",
+        exported(samples=torch_zip(b"\x80\x04" + state(tensor())[2:])),
     )
     corpus.add("pt2/two-models", "LD215", exported(Piece("m/models/other.json", b"{}")))
     corpus.add("pt2/version-99", "LD215", exported(version=b"99"))

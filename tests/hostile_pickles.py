@@ -280,9 +280,9 @@ def _add_loads(corpus: Corpus) -> None:
         ("claims-more-than-storage", "LD230", [tensor((2, 400), (400, 1))]),
         ("storage-longer-than-its-member", "LD230", [tensor((2, 400), (400, 1), count=800)]),
         ("negative-sizes", "LD230", [tensor((-2, 4))]),
-        ("complex", "LD209", [tensor(kind="ComplexFloatStorage")]),
+        ("complex", "LD209", [tensor((1, 4), count=4, kind="ComplexFloatStorage")]),
         ("not-a-dictionary", "LD209", [whole(3)]),
-        ("text-among-the-tensors", "LD209", [tensor(), text("no tensor")]),
+        ("text-among-the-tensors", "LD210", [tensor(), text("no tensor")]),
     ):
         pickled = two(values[0]) if name == "not-a-dictionary" else state(*values)
         caught = "check" if rule == "LD205" else "load"

@@ -71,7 +71,7 @@ def check_exported_program(stream: BinaryIO) -> Facts:
         _check_payloads(_document(stream, config), members, folder, kind)
     sample = io.BytesIO(archives.read_member(stream, members[samples])) if samples in members else None
     if sample is not None and sample.getvalue():
-        torch_zip_facts(sample, where=samples)
+        torch_zip_facts(sample, where=samples, only_tensors=True)
     return _check_program(_document(stream, members[models[0]]))
 
 

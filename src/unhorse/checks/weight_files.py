@@ -139,8 +139,12 @@ def check_torch_zip(data: bytes) -> None:
     torch_zip_facts(io.BytesIO(data))
 
 
-def torch_zip_facts(stream: BinaryIO, where: str = "data.pkl") -> Facts:
-    """What a file of torch.save says of itself: members and pickle are checked, no tensor is read."""
+def torch_zip_facts(stream: BinaryIO, where: str = "data.pkl", *, only_tensors: bool = False) -> Facts:
+    """What a file of torch.save says of itself: members and pickle are checked, no tensor is read.
+
+    With `only_tensors` nothing but what weights need may be named, at protocol 2, LD205 otherwise: for files
+    that torch opens by itself, which it does without restraint where it cannot with.
+    """
     directory = zip_directory.read_directory(stream)
     archives.check_members(stream, directory, deflated=lambda name: False)
     check_root(directory)
@@ -151,7 +155,10 @@ def torch_zip_facts(stream: BinaryIO, where: str = "data.pkl") -> Facts:
     found = [member for member in directory.members if member.local() == "data.pkl"]
     if len(found) != 1:
         raise zip_directory.hostile(f"has {len(found)} pickles")
-    named = pickles.check_checkpoint(archives.read_member(stream, found[0]), where=where)
+    pickled = archives.read_member(stream, found[0])
+    if only_tensors:
+        pickles.check_pickle(pickled, pickles.is_plain, where=where)
+    named = pickles.check_checkpoint(pickled, where=where)
     storages = sum(member.local().startswith("data/") for member in directory.members)
     notes = pickles.left_out(named)
     return Facts(producer="torch.save", extra={"storages": str(storages)}, notes=notes)
