@@ -10,6 +10,7 @@ import os
 import pickle
 import warnings
 from pathlib import Path
+from typing import Any
 
 import joblib
 import numpy as np
@@ -37,6 +38,7 @@ def write_seeds(folder: Path) -> None:
         torch.export.save(torch.export.export(network, (images,)), folder / "tiny.pt2")
         torch.onnx.export(network, (images,), str(folder / "tiny.onnx"), dynamo=False, opset_version=17)
     write_pickles(folder, network)
+    write_other_inputs(folder)
     _write_keras(folder)
 
 
@@ -54,6 +56,33 @@ def write_pickles(folder: Path, network: nn.Module) -> None:
     (folder / "text.pkl").write_bytes(pickle.dumps({"a": np.arange(3), "b": [1, "two", 3.0]}, 0))
     np.save(folder / "objects.npy", arrays["b"])
     (folder / "tiny.mlmodel").write_bytes(foreign()["net.mlmodel"][1])
+
+
+def write_other_inputs(folder: Path) -> None:
+    """ONNX that takes bytes, channels last, with weights and activations in int8."""
+    from onnx import TensorProto, helper, numpy_helper, save
+
+    def node(kind: str, inputs: str, output: str, **said: Any) -> Any:
+        return helper.make_node(kind, inputs.split(), [output], **said)
+
+    tensors = {
+        "w": np.arange(27, dtype=np.int8).reshape(1, 3, 3, 3),
+        **{"ws": np.full(1, 0.02, np.float32), "wz": np.zeros(1, np.int8), "div": np.float32(255)},
+        **{"s": np.float32(0.01), "z": np.uint8(7), "head": np.ones((1, 2), np.float32)},
+    }
+    nodes = [
+        *(node("Cast", "x", "xf", to=1), node("Transpose", "xf", "xt", perm=[0, 3, 1, 2])),
+        *(node("Div", "xt div", "xd"), node("QuantizeLinear", "xd s z", "q")),
+        *(node("DequantizeLinear", "q s z", "xq"), node("DequantizeLinear", "w ws wz", "k", axis=0)),
+        *(node("Conv", "xq k", "c"), node("GlobalAveragePool", "c", "p"), node("Flatten", "p", "f")),
+        node("MatMul", "f head", "y"),
+    ]
+    given = helper.make_tensor_value_info("x", TensorProto.UINT8, ["n", 8, 8, 3])
+    answer = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 2])
+    listed = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    graph = helper.make_graph(nodes, "g", [given], [answer], initializer=listed)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=8), str(folder / "bytes.onnx"))
 
 
 def _write_keras(folder: Path) -> None:
