@@ -86,6 +86,18 @@ def tar_of(files: Files, *members: tarfile.TarInfo, form: int = tarfile.PAX_FORM
     return raw.getvalue()
 
 
+def old_tar(files: Files) -> bytes:
+    """As tar wrote it before POSIX: a header without a mark of its kind, only its sum."""
+    raw = b""
+    for name, content in files.items():
+        head = name.encode().ljust(100, b"\0") + b"0000644\x000000000\x000000000\0"
+        head += b"%011o\0" % len(content) + b"00000000000\0" + b" " * 8 + b"0"
+        head = head.ljust(512, b"\0")
+        head = head[:148] + b"%06o\0 " % sum(head) + head[156:]
+        raw += head + content + bytes(-len(content) % 512)
+    return raw + bytes(1024)
+
+
 def tar_link(name: str, target: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
     entry = tarfile.TarInfo(name)
     entry.type, entry.linkname = kind, target
@@ -98,7 +110,7 @@ PACKERS: dict[str, Callable[[Files], bytes]] = {
     "xz.zip": lambda files: zip_of(files, method=zipfile.ZIP_LZMA),
     "commented.zip": lambda files: zip_of(files, comment=b"6d6ac3ec7f0e3eb4"),
     "tar": tar_of,
-    "old.tar": lambda files: tar_of(files, form=tarfile.USTAR_FORMAT).replace(b"ustar", bytes(5)),
+    "old.tar": lambda files: old_tar(files),
     "tar.gz": lambda files: gzip.compress(tar_of(files)),
     "tar.bz2": lambda files: bz2.compress(tar_of(files)),
     "tar.xz": lambda files: lzma.compress(tar_of(files)),

@@ -69,7 +69,7 @@ def _looked_at(name: str, stream: BinaryIO, found: Sorted) -> dict[str, Any]:
             raise LoadRefused("LD232", "the member is no kind of file that unhorse knows", remedy)
         return entry | {"facts": check(stream, found.kind, {}, name.rpartition("/")[2]).to_json()}
     except (LoadRefused, LoadFailed) as problem:
-        places = sorted(external_names(stream)) if problem.rule == "LD216" else []
+        places = sorted(external_names(stream)) if found.kind is Format.ONNX else []
         return entry | _said(problem) | ({"places": places} if places else {})
 
 

@@ -96,6 +96,7 @@ class Unpacker:
             return
         if deeper == depth:
             path = outer
+            self.archives -= 1
         yield from self.walk(inner.stream, found, path, deeper)
 
     def _count(self, members: int = 0, unpacked: int = 0) -> None:
