@@ -155,6 +155,15 @@ def test_many_equal_layers_end_the_search_in_a_refusal() -> None:
     assert refusal.value.rule == "LD211"
 
 
+def test_a_last_sigmoid_is_cut_off_and_one_output_makes_two_classes(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Conv2d(1, 4, 5), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(576, 1))
+    torch.save(network.state_dict(), tmp_path / "m.pth")
+    words = "conv relu maxpool2 flatten linear sigmoid"
+    model, images = load_model(tmp_path / "m.pth", layers=words, num_classes=2), torch.rand(3, 1, 28, 28)
+    assert torch.allclose(model(images)[:, 1:], network(images), atol=1e-5)
+    assert not model(images)[:, 0].any()
+
+
 # --- words --------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class _Scan:
                 if self.request.cached and (found := kept.read(self._key(source.sha256))):
                     say(f"{self.path}: scanned before, taken from the cache (--no-cache scans again)")
                     return tuple(replace(network, path=str(self.path)) for network in found)
-                file = read_networks(source, self.request.loading)
+                file = read_networks(source, self._loading())
         except (LoadRefused, LoadFailed) as error:
             return (_unopened(seen, error, time.monotonic() - started),)
         if len(file.networks) > 1:
@@ -199,6 +200,12 @@ class _Scan:
         name = f"{self.path} [{network.key}]" if network.key else str(self.path)
         result = self._scanned(network.model, name)
         return replace(seen, **of_network(network.model), result=result, seconds=time.monotonic() - started)
+
+    def _loading(self) -> dict[str, Any]:
+        """As the user says, with the clean images, which may show what network a state dict is of."""
+        clean = self.request.clean
+        own = None if clean is None else partial(clean_images, clean)
+        return {**self.request.loading, "clean": own}
 
     def _key(self, sha256: str) -> str:
         request = asdict(self.request) | {

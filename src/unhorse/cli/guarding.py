@@ -83,8 +83,9 @@ def fit(  # noqa: PLR0913 - one parameter per flag
     request = guard_runs.FitRequest(
         filter, filter_size, epochs, None if hard else fpr, policy, seed, mask_norm=mask_norm
     )
-    classifier = survey.load(model, options.loading()).to(survey.choose_device(device))
     source = ImageSource(clean, split, labels, unlabelled)
+    loading = {**options.loading(), "clean": source.read}
+    classifier = survey.load(model, loading).to(survey.choose_device(device))
     data = source.read(classifier)
     data = data if images is None else subset(data, images, seed=seed)
     guard = guard_runs.fit_guard(classifier, data, request, folder, source=str(source), path=model)

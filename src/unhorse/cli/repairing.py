@@ -66,8 +66,9 @@ def repair(  # noqa: PLR0913 - one parameter per flag
     check_writable({"html": html, "json": json, "output": None if folder.exists() else folder})
     request = repair_runs.RepairRequest(method, epochs, scanner, effort, seed)
     request.make_repair(images=1)  # refuses a flag that does not fit the method before anything is read
-    classifier = survey.load(model, options.loading()).to(survey.choose_device(device))
     source = ImageSource(clean, split, labels, unlabelled)
+    loading = {**options.loading(), "clean": source.read}
+    classifier = survey.load(model, loading).to(survey.choose_device(device))
     parts = repair_runs.divide(classifier, source.read(classifier), images=images, seed=seed)
     attacked = None
     if card is not None:

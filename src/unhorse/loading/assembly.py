@@ -11,6 +11,7 @@ from torch import Tensor
 
 from unhorse.checks.expectations import Facts
 from unhorse.core import Classifier
+from unhorse.loading.confirmation import Own
 from unhorse.loading.network_code import NetworkCode
 from unhorse.loading.outputs import ONE_NUMBER
 from unhorse.loading.recognition import recognised
@@ -49,6 +50,7 @@ class Said:
     value_range: tuple[float, float] | None = None
     key: str | None = None
     network: NetworkCode | None = None
+    clean: Own | None = None
 
     def for_readers(self) -> dict[str, object]:
         """What a reader needs to know of it."""
@@ -88,7 +90,9 @@ def identified(tensors: dict[str, Tensor], said: Said, facts: Facts, notes: Sequ
     if shape is None and facts.image_shape is not None and None not in facts.image_shape:
         channels, height, width = (int(size or 0) for size in facts.image_shape)
         shape = (channels, height, width)
-    found = recognised(tensors, said.architecture, said.layers, shape)
+    found = recognised(
+        tensors, architecture=said.architecture, layers=said.layers, image_shape=shape, own=said.clean
+    )
     count, options = found.num_classes, dict(found.options)
     if count == 1:
         if said.num_classes != 2:

@@ -16,7 +16,7 @@ from unhorse.models.registry import ImageShape
 from unhorse.rules import LoadRefused
 
 _MAX_STEPS = 20_000
-_SQUASHING = ("softmax", "logsoftmax")
+_SQUASHING = ("softmax", "logsoftmax", "sigmoid")
 _NAMED = {"conv": "convolution", "linear": "linear layer", "bn": "batch normalisation"}
 
 
@@ -45,7 +45,7 @@ def said_chain(
 
 
 def whole(layers: Sequence[Word]) -> tuple[Word, ...]:
-    """The words up to the logits, without a last softmax, and with a flatten where it was left out."""
+    """The words up to the logits: no softmax or sigmoid at the end, a flatten where it was left out."""
     words = list(layers)
     while words and words[-1].kind in (*_SQUASHING, "dropout"):
         words.pop()
