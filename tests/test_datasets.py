@@ -6,6 +6,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,33 +240,80 @@ def test_an_unknown_split_is_refused_with_the_choices():
         load_dataset("digits", "dev")
 
 
+def hub_of(monkeypatch, files: dict[str, int | None], folder: Path | None = None) -> list[tuple]:
+    """A hub with these files and sizes; gives the list of what was asked of it."""
+    hub = pytest.importorskip("huggingface_hub")
+    asked: list[tuple] = []
+
+    class Api:
+        def __init__(self, token):
+            asked.append(("api", token))
+
+        def dataset_info(self, name, *, revision, files_metadata):
+            asked.append(("info", name, revision, files_metadata))
+            siblings = [SimpleNamespace(rfilename=file, size=size) for file, size in files.items()]
+            return SimpleNamespace(sha="5eed", siblings=siblings)
+
+    def download(name, *, repo_type, revision, allow_patterns, token):
+        asked.append(("files", name, repo_type, revision, allow_patterns, token))
+        return str(folder)
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    return asked
+
+
 def test_a_hub_that_cannot_be_reached_is_explained(monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
 
     def unreachable(*args, **options):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(hub, "snapshot_download", unreachable)
+    monkeypatch.setattr(hub, "HfApi", unreachable)
     with pytest.raises(
         ValueError, match=r"cannot fetch 'ylecun/mnist' .*no route.*check the name and the network"
     ):
-        load_dataset("ylecun/mnist")
+        load_dataset("hub:ylecun/mnist")
 
 
-def test_a_hub_data_set_is_fetched_by_split_and_named_without_its_owner(tmp_path, monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
+def test_a_hub_data_set_is_fetched_by_split_pinned_and_without_a_token(tmp_path, monkeypatch, capsys):
     write_parquet(tmp_path / "snapshot" / "mnist" / "test-00000-of-00001.parquet", [grey(4)], [0])
-    asked = []
+    parquet, code = "mnist/test-00000-of-00001.parquet", "mnist.py"
+    asked = hub_of(monkeypatch, {parquet: 900, "mnist/train.parquet": 9, code: 5}, tmp_path / "snapshot")
+    data = load_dataset("hub:ylecun/mnist@5eed", "test")
+    assert data.name == "mnist" and data.images.max() == 4
+    assert asked == [
+        ("api", False),
+        ("info", "ylecun/mnist", "5eed", True),
+        ("files", "ylecun/mnist", "dataset", "5eed", [parquet], False),
+    ]
+    assert "ylecun/mnist at commit 5eed" in capsys.readouterr().err
 
-    def download(name, *, repo_type, allow_patterns):
-        asked.append((name, repo_type, allow_patterns))
-        return str(tmp_path / "snapshot")
 
-    monkeypatch.setattr(hub, "snapshot_download", download)
-    data = load_dataset("hub:ylecun/mnist", "test")
-    assert data.name == "mnist"
-    assert data.images.max() == 4
-    assert asked == [("ylecun/mnist", "dataset", ["*test*.parquet"])]
+def test_pictures_of_a_hub_are_fetched_where_there_is_no_parquet(tmp_path, monkeypatch):
+    for name in ("train/cat/a.png", "train/dog/b.png"):
+        (tmp_path / "snapshot" / name).parent.mkdir(parents=True)
+        Image.fromarray(np.zeros((4, 4), np.uint8)).save(tmp_path / "snapshot" / name)
+    files = {"train/cat/a.png": 70, "train/dog/b.png": 70, "train/run.py": 9, "model.pkl": 9}
+    asked = hub_of(monkeypatch, files, tmp_path / "snapshot")
+    assert load_dataset("hub:someone/pets").class_names == ("cat", "dog")
+    assert asked[-1][4] == ["train/cat/a.png", "train/dog/b.png"]
+
+
+@pytest.mark.parametrize("size", [None, 30 * 10**9])
+def test_a_hub_data_set_that_is_too_large_or_does_not_say_so_is_not_fetched(size, monkeypatch):
+    asked = hub_of(monkeypatch, {"train.parquet": size})
+    with pytest.raises(ValueError, match="fetch what you need yourself"):
+        load_dataset("hub:someone/large")
+    assert [word for word, *_ in asked] == ["api", "info"]
+
+
+def test_a_name_without_hub_before_it_goes_to_no_network(monkeypatch, tmp_path):
+    asked = hub_of(monkeypatch, {"train.parquet": 9})
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="no data set 'ylecun/mnist'.*hub:ylecun/mnist, if you mean"):
+        load_dataset("ylecun/mnist")
+    assert asked == []
 
 
 @pytest.mark.parametrize(
@@ -276,7 +324,7 @@ def test_a_missing_extra_names_its_command(tmp_path, monkeypatch, module, source
     for name in [name for name in sys.modules if name.partition(".")[0] == module]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=r'pip install "unhorse\[data\]"'):
+    with pytest.raises(ImportError, match="pip install pyarrow huggingface-hub"):
         load_dataset(source.replace("FOLDER", str(tmp_path)))
 
 

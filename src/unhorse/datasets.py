@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,18 +22,28 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from unhorse.core import Dataset, Images
-from unhorse.extras import install_line
-from unhorse.image_files import Size, image_classes, pixels_of, read_images, read_parquet, stack
+from unhorse.image_files import (
+    IMAGE_SUFFIXES,
+    Size,
+    image_classes,
+    pixels_of,
+    read_images,
+    read_parquet,
+    stack,
+)
 
 SPLITS = {"train": ("train",), "valid": ("valid", "validation", "val"), "test": ("test",)}
 HUB_NAME = r"\w[\w.-]*/[\w.-]*\w"
 CACHE_FORMAT = 2
+HUB_BYTES = 20 * 10**9
 
 
 def load_dataset(
     source: str, split: str = "train", *, cache: Path | None = None, size: Size = None
 ) -> Dataset:
-    """One split of a data set: "digits", a folder, or a hub name such as "ylecun/mnist" ("hub:" may lead it).
+    """One split of a data set: "digits", a folder, or hub:OWNER/NAME, such as "hub:ylecun/mnist".
+
+    Only a name that begins with "hub:" goes to a network; hub:OWNER/NAME@COMMIT says which state of it.
 
     A folder holds parquet files (train*.parquet, there or one level below), or a folder of images per class,
     below a folder per split if there are several; loose images have no labels. Parquet with CelebA's
@@ -46,11 +57,15 @@ def load_dataset(
     if source == "digits":
         return _digits(split, size)
     folder = Path(source).expanduser().resolve()
-    if source.startswith("hub:") or (not folder.exists() and re.fullmatch(HUB_NAME, source)):
-        folder = _hub_folder(source.removeprefix("hub:"), split)
-        name = source.rpartition("/")[2]
+    if source.startswith("hub:"):
+        hub_name, _, commit = source.removeprefix("hub:").partition("@")
+        folder = _hub_folder(hub_name, split, commit)
+        name = hub_name.rpartition("/")[2]
     elif not folder.is_dir():
-        raise ValueError(f"no data set {source!r}: give 'digits', an existing folder, or hub:OWNER/NAME")
+        meant = f" (hub:{source}, if you mean that one)" if re.fullmatch(HUB_NAME, source) else ""
+        raise ValueError(
+            f"no data set {source!r}: give 'digits', an existing folder, or hub:OWNER/NAME{meant}"
+        )
     else:
         name = folder.name
     asked = (name, split, size)
@@ -155,22 +170,54 @@ def natural_images(count: int, image_shape: tuple[int, int, int], *, seed: int) 
     return images.mean(1, keepdim=True) if channels == 1 else images
 
 
-def _hub_folder(name: str, split: str) -> Path:
+def _hub_folder(name: str, split: str, commit: str = "") -> Path:
+    """The files of a split, fetched at one commit, which is printed; without the user's stored token.
+
+    Parquet files, or pictures below a folder named for the split, of 20 GB at most; nothing else is fetched.
+    """
     if not re.fullmatch(HUB_NAME, name):
         raise ValueError(f"no hub name {name!r}: give OWNER/NAME, such as ylecun/mnist")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError
     except ImportError as error:
-        raise ImportError(f"no folder {name!r}; to ask the hub: {install_line('data')}") from error
-    patterns = [f"*{alias}*.parquet" for alias in SPLITS[split]]
+        raise ImportError(f"to ask the hub for {name!r}: pip install pyarrow huggingface-hub") from error
     try:
-        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=patterns))
+        info = HfApi(token=False).dataset_info(name, revision=commit or None, files_metadata=True)
+        sizes = {file.rfilename: file.size for file in info.siblings or ()}
+        wanted = _of_split(sorted(sizes), name, split)
+        total = sum(sizes[file] or 0 for file in wanted)
+        if total > HUB_BYTES or any(sizes[file] is None for file in wanted):
+            raise ValueError(
+                f"hub:{name} has {total / 1e9:.1f} GB for split {split!r}, or does not say how much: fetch "
+                "what you need yourself and give the folder"
+            )
+        print(f"hub: {name} at commit {info.sha}, {len(wanted)} files, {total / 1e6:.1f} MB", file=sys.stderr)
+        folder = snapshot_download(
+            name, repo_type="dataset", revision=info.sha, allow_patterns=wanted, token=False
+        )
+        return Path(folder)
     except (HfHubHTTPError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(
             f"cannot fetch {name!r} from the hub ({reason}): check the name and the network, or give a folder"
         ) from error
+
+
+def _of_split(files: Sequence[str], name: str, split: str) -> list[str]:
+    """The parquet files of a split, or if there are none the pictures below a folder that is named for it."""
+    aliases = SPLITS[split]
+    parquet = [
+        file for file in files if file.endswith(".parquet") and any(alias in file for alias in aliases)
+    ]
+    pictures = [
+        file
+        for file in files
+        if Path(file).suffix.lower() in IMAGE_SUFFIXES and file.partition("/")[0] in aliases
+    ]
+    if not parquet and not pictures:
+        raise ValueError(f"hub:{name} has neither parquet files nor pictures of split {split!r}")
+    return parquet or pictures
 
 
 def _parquet_files(folder: Path, parquet: Sequence[Path], split: str) -> list[Path]:
