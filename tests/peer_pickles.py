@@ -242,6 +242,11 @@ class Colour(enum.Enum):
     RED = 1
 
 
+class small_letters:  # noqa: N801 - as some libraries write it
+    def act(self) -> int:
+        return 1
+
+
 class Early(collections.OrderedDict):  # type: ignore[type-arg]
     """A dictionary of its own."""
 
@@ -299,6 +304,7 @@ def harmless() -> dict[str, Any]:
         "tensor": {"a": torch.ones(3), "b": torch.nn.Parameter(torch.zeros(2))},
         "enum": Colour.RED,
         "own dictionary": Early(a=1),
+        "method of a class in small letters": small_letters().act,
         "class in a class": Net.Inner(),
         **fitted,
     }

@@ -190,6 +190,21 @@ def test_a_second_pickle_behind_one_of_protocol_4_is_refused() -> None:
     assert refusal.value.rule == "LD213"
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_safetensors_of_eight_bits_are_read(dtype: torch.dtype, tmp_path: Path) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in network().state_dict().items()}
+    save_file(state, tmp_path / "m.safetensors")
+    read = load_model(tmp_path / "m.safetensors", image_shape=(1, 8, 8)).network.state_dict()
+    assert all(torch.equal(read[key], state[key].float()) for key in state)
+
+
+def test_safetensors_of_types_that_no_classifier_uses_are_not_supported() -> None:
+    header = b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'
+    with pytest.raises(LoadRefused, match="type 'F4'") as refusal:
+        check_task([io.BytesIO(len(header).to_bytes(8, "little") + header + b"x")], {})
+    assert refusal.value.rule == "LD235"
+
+
 # --- text beside safetensors --------------------------------------------------------------------------------
 
 

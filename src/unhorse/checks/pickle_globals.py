@@ -51,7 +51,10 @@ def _hidden(module: str, name: str) -> bool:
     dunder = any(part.startswith("__") for part in (*outer, last)) or (
         module.startswith("__") and module not in ("__main__", "__mp_main__", "__builtin__")
     )
-    return dunder or any(part[:1].islower() for part in outer) or not name or not module
+    packages = known.STANDARD | known.HIGH_PACKAGES | known.MODELS | known.INFAMOUS
+    strict = module.partition(".")[0] in known.STRICT | known.STANDARD
+    through = any(part in packages or (strict and part[:1].islower()) for part in outer)
+    return dunder or through or not name or not module
 
 
 def _is_function(name: str) -> bool:

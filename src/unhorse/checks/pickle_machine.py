@@ -1,7 +1,6 @@
 """Follows a pickle opcode by opcode, as an unpickler would, with names in the place of what they stand for.
 
-Nothing is imported or called: the stack holds plain values, `Global` for a name and `Made` for what a call
-would give. Names put together from texts (STACK_GLOBAL, over the memo, too) are resolved that way.
+Nothing is imported or called: on the stack stands `Global` for a name and `Made` for what a call gives.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from unhorse.checks.pickle_values import (
     resolved,
 )
 
+_BEGINNINGS = [letter for code in b"\x80(cI\x8c\x95XVUS}]P" for letter in (bytes([code]), chr(code))]
 _MARK = object()
 """Where a list of arguments begins."""
 
@@ -75,7 +75,7 @@ class _Machine:
             action(self, argument)
         elif name.endswith(("UNICODE", "UNICODE8", "STRING", "BYTES", "BYTES8", "BYTEARRAY8")):
             self.push(argument)
-            if len(argument) > 8:
+            if len(argument) > 8 and argument[:1] in _BEGINNINGS:
                 self.keep(argument)
         elif opcode.stack_before or len(opcode.stack_after) != 1:
             raise ValueError(f"it uses {name}, which needs what a file does not have")
@@ -92,9 +92,9 @@ class _Machine:
         self.stack.append(value)
 
     def keep(self, text: object) -> None:
-        """Remembers bytes and long texts, which may be pickles themselves."""
-        raw = text.encode("latin-1", "replace") if isinstance(text, str) else bytes(text)  # type: ignore[call-overload]
+        """Remembers bytes and texts that begin like a pickle or an archive, which they may be."""
         if len(self.reading.texts) < 10_000:
+            raw = text.encode("latin-1", "replace") if isinstance(text, str) else bytes(text)  # type: ignore[call-overload]
             self.reading.texts.append(raw)
 
     def pop(self) -> object:
@@ -181,8 +181,7 @@ class _Machine:
     def build(self, _: object) -> None:
         state, target = self.pop(), self.top()
         if not isinstance(target, Made):
-            name = target if isinstance(target, Global) else UNRESOLVED
-            self.reading.use(name, "changed")
+            self.reading.use(target if isinstance(target, Global) else UNRESOLVED, "changed")
             return
         target.state, target.built = state, True
         if self.arrays and isinstance(target.callee, Global) and target.callee.name == "NumpyArrayWrapper":
@@ -193,8 +192,8 @@ class _Machine:
         if array is None:
             return
         if array.objects:
-            place = self.stream.tell()
-            inner = follow(self.stream.getvalue(), place, arrays=True, depth=self.depth + 1)
+            data, place = self.stream.getvalue(), self.stream.tell()
+            inner = follow(data, place, arrays=True, depth=self.depth + 1)
             self.reading.take_over(inner)
             self.stream.seek(inner.end)
             return

@@ -156,9 +156,11 @@ def left_out(found: Contents) -> tuple[str, ...]:
 
 
 def _check_end(reading: Reading, pickled: bytes | None, where: str) -> None:
-    """Raises where a pickle does not end as it should."""
+    """Raises where a pickle does not end as it should; `pickled` is None where others may follow it."""
     if reading.cut:
         raise LoadFailed(f"the pickle in the file is cut off ({reading.problem})")
+    if reading.problem and pickled is None:  # a file without checksums
+        raise LoadFailed(f"{where} in the file is damaged ({reading.problem})")
     if reading.problem:
         raise refused(f"the pickle in the file cannot be read ({reading.problem})", where)
     if pickled is not None and reading.end != len(pickled):
