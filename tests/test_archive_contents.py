@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import random
 import struct
 import tarfile
 import zipfile
@@ -14,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from fuzz_tasks import _damaged
 from hostile_files import Harm, Piece, zipped
 from hostile_graphs import kept, model, weight
 from odd_files import (
@@ -30,6 +32,7 @@ from odd_files import (
 )
 from test_folders import inspected, rules
 from unhorse.checks import unpacking
+from unhorse.checks.archive_contents import contents_task
 from unhorse.cli import run
 from unhorse.loading import archived
 from unhorse.loading.folders import list_files
@@ -267,3 +270,18 @@ def test_a_hugging_face_folder_in_an_archive_is_looked_at(place):
     code, document = inspected(place)
     assert code == 0 and document["files"]["models"] == 1
     assert json.loads((place.parent / "report.json").read_text())["schema"] == "unhorse-report-3"
+
+
+@pytest.mark.parametrize("end", PACKERS)
+def test_a_damaged_archive_is_listed_or_refused(end, members):
+    whole = PACKERS[end](members)
+    for number in range(25):
+        stream = io.BytesIO(_damaged(whole, random.Random(number)))
+        try:
+            document, blob = contents_task([stream], {})
+        except (LoadRefused, LoadFailed):
+            continue  # no archive any more
+        assert blob == b"" and json.dumps(document)
+        assert all(
+            {"rule", "reason", "remedy"} <= entry.keys() or "facts" in entry for entry in document["found"]
+        )
