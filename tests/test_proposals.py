@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from copied_networks import drawn, same_answers
 from unhorse.core import Classifier, Dataset
+from unhorse.loading import confirmation
 from unhorse.loading import drawn_images as drawing
 from unhorse.loading.formats import load_model
 from unhorse.loading.proposals import proposals
@@ -231,6 +232,18 @@ def test_labels_that_no_reading_gives_confirm_none() -> None:
     labels = torch.randint(5, (256,), generator=torch.Generator().manual_seed(0))
     state = dict(drawn(lambda: Named("relu", "max", normed=False)).state_dict())
     assert refused(state, own=own(images, labels)).rule == "LD210"
+
+
+def test_a_network_that_would_keep_us_busy_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {
+        **{"a.weight": torch.zeros(1024, 3, 7, 7), "b.weight": torch.zeros(1024, 1024, 7, 7)},
+        **{"fc.weight": torch.zeros(10, 1024)},
+    }
+    for name in ("norm_a", "norm_b"):
+        norm = nn.BatchNorm2d(1024).state_dict()
+        state |= {f"{name}.{key}": tensor for key, tensor in norm.items()}
+    monkeypatch.setattr(confirmation, "mismatch", lambda *_: pytest.fail("it was tried"))
+    assert proposals(state) and refused(state).rule == "LD210"
 
 
 # --- what is said where nothing confirms --------------------------------------------------------------------

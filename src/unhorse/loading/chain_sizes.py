@@ -22,7 +22,7 @@ OTHER_SIDES: dict[int, tuple[int, ...]] = {
 _USUAL_FLAT = {64: (1, 8, 8), 784: (1, 28, 28), 1024: (1, 32, 32), 2352: (3, 28, 28), 3072: (3, 32, 32)}
 _USUAL_FLAT |= {12288: (3, 64, 64), 150528: (3, 224, 224)}
 _LENET = 5  # LeNet-5 pads its first 5x5 convolution only; nobody does so with 3x3
-_MAX_FREE = 12
+_MAX_FREE = 8
 """Layers whose padding is tried one by one; more have the same."""
 
 Pairs = Sequence[tuple[Word, Part | None]]
@@ -53,13 +53,22 @@ def readings(pairs: Pairs, image_shape: ImageShape | None = None) -> list[Readin
     return _readings(pairs, image_shape, (_plain, _mixed))
 
 
+def plain_readings(pairs: Pairs, image_shape: ImageShape | None = None) -> list[Reading]:
+    """As `readings`, without mixtures of paddings and without uncommon sizes."""
+    return [one for one in _readings(pairs, image_shape, (_plain,), uncommon=False) if one.usual]
+
+
 def strided_readings(pairs: Pairs, image_shape: ImageShape | None = None) -> list[Reading]:
     """The ways that fit with strides of 1 and 2 where none is said: too many to take one without asking."""
     return _readings(pairs, image_shape, (_strided,))
 
 
 def _readings(
-    pairs: Pairs, image_shape: ImageShape | None, sorts: Sequence[Callable[[Pairs], Iterator[Words]]]
+    pairs: Pairs,
+    image_shape: ImageShape | None,
+    sorts: Sequence[Callable[[Pairs], Iterator[Words]]],
+    *,
+    uncommon: bool = True,
 ) -> list[Reading]:
     first = next((part for _, part in pairs if part is not None and part.kind != "bn"), None)
     if first is None:
@@ -76,7 +85,7 @@ def _readings(
     found = [_found(pairs, channels, sides, sorts) for sides in usual]
     if fitting := [each for each in found if each]:
         return [replace(one, sized=one.sized and len(fitting) == 1) for one in fitting[0]]
-    if image_shape is not None:
+    if image_shape is not None or not uncommon:
         return []
     others = [(side, side) for side in OTHER_SIDES[1 if channels == 1 else 3]]
     return [replace(one, usual=False) for one in _found(pairs, channels, others, sorts)]

@@ -11,6 +11,9 @@ from unhorse.core import Images
 from unhorse.loading.chain_sizes import Pairs, Reading
 from unhorse.loading.chains import as_identified
 from unhorse.models.architectures import outline
+from unhorse.models.chains import side_after
+
+_OUTPUT = 64  # a number kept costs as much as so many multiplications
 
 
 def network_of(pairs: Pairs, reading: Reading) -> nn.Module:
@@ -25,6 +28,20 @@ def network_of(pairs: Pairs, reading: Reading) -> nn.Module:
     }
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
+
+
+def cost(pairs: Pairs, reading: Reading) -> int:
+    """Multiplications of one image in the convolutions and linear layers, and numbers that they put out."""
+    sides = list(reading.image_shape[1:])
+    total = 0
+    for word, (_, part) in zip(reading.words, pairs, strict=True):
+        if word.kind == "conv" or word.pools:
+            sides = [side_after(word, side) for side in sides]
+        elif word.kind in ("gap", "flatten"):
+            sides = [word.kernel or 1] * 2
+        if part is not None and word.weighted:
+            total += (part.weight.numel() + _OUTPUT * part.width) * math.prod(sides)
+    return total
 
 
 def mismatch(network: nn.Module, images: Images) -> float | None:

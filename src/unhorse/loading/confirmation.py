@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,7 +12,7 @@ from torch import nn
 
 from unhorse.core import Classifier, Dataset, Images
 from unhorse.loading.chain_sizes import Pairs, Reading
-from unhorse.loading.chain_statistics import mismatch, network_of
+from unhorse.loading.chain_statistics import cost, mismatch, network_of
 from unhorse.loading.drawn_images import drawn_images
 from unhorse.loading.proposals import Proposal
 from unhorse.models.chains import Word
@@ -23,7 +22,10 @@ ACTIVATIONS = ("relu", "elu", "leakyrelu", "gelu", "silu", "tanh", "sigmoid")
 """What is tried in place of ReLU; relu6 and leakyrelu0.01 are not told from it."""
 _FIRST = ("relu", "tanh")
 _KEPT = 6
-_IMAGES = 128
+_IMAGES, _FEWEST = 128, 16
+_WORK, _ALL_WORK = 2**32, 2**38
+"""Multiplications of one try and of all, at most: about a second and a minute of one core."""
+_LABELLED, _FEWEST_LABELLED = 256, 40
 
 FITS, FITS_OWN = 0.25, 0.2
 """The largest mismatch of a right reading on drawn images, and on the user's own. Sixteen networks trained on
@@ -67,27 +69,34 @@ def confirmed(proposed: Sequence[Proposal], own: Own | None = None) -> Confirmed
     """The one reading that batch statistics or labelled images speak for; None where they do not decide."""
     if not proposed:
         return None
+    most = max(cost(proposal.pairs, proposal.reading) for proposal in proposed)
+    if most * _FEWEST > _WORK:  # a hostile file must not keep us busy
+        return None
     read = None if own is None else _remembered(own)
     norms = sum(part is not None and part.kind == "bn" for _, part in proposed[0].pairs)
     if norms >= 2:
-        return _by_statistics(proposed, read)
-    return None if read is None else _by_labels(proposed, read)
+        return _by_statistics(proposed, read, min(_IMAGES, _WORK // most))
+    tries = len(proposed) * len(ACTIVATIONS) * len(_NORMALS) * 2
+    count = min(_LABELLED, _ALL_WORK // (tries * most))
+    return None if read is None or count < _FEWEST_LABELLED else _by_labels(proposed, read, count)
 
 
-def _by_statistics(proposed: Sequence[Proposal], read: _Read | None) -> Confirmed | None:
+def _by_statistics(proposed: Sequence[Proposal], read: _Read | None, count: int) -> Confirmed | None:
     frames = [frame for proposal in proposed for frame in _frames(proposal)]
-    images = {shape: _images(shape, read) for shape in {reading.image_shape for _, reading, _ in frames}}
+    images = {
+        shape: _images(shape, read, count) for shape in {reading.image_shape for _, reading, _ in frames}
+    }
 
-    def tried(pairs: Pairs, reading: Reading, frame: str, activation: str, count: int) -> _Try | None:
+    def tried(pairs: Pairs, reading: Reading, frame: str, activation: str, used: int) -> _Try | None:
         changed = varied(reading, activation)
-        found = mismatch(network_of(pairs, changed), images[reading.image_shape][0][:count])
+        found = mismatch(network_of(pairs, changed), images[reading.image_shape][0][:used])
         return None if found is None else _Try(found, pairs, changed, frame, activation)
 
-    few = [tried(*frame, activation, _IMAGES // 4) for frame in frames for activation in _FIRST]
+    few = [tried(*frame, activation, max(count // 4, _FEWEST)) for frame in frames for activation in _FIRST]
     best = sorted((one for one in few if one is not None), key=lambda one: one.mismatch)
     kept = list(dict.fromkeys(one.frame for one in best))[:_KEPT]
     left = [frame for frame in frames if frame[2] in kept]
-    many = [tried(*frame, activation, _IMAGES) for frame in left for activation in ACTIVATIONS]
+    many = [tried(*frame, activation, count) for frame in left for activation in ACTIVATIONS]
     found = sorted((one for one in many if one is not None), key=lambda one: one.mismatch)
     if not found:
         return None
@@ -134,13 +143,12 @@ def _frames(proposal: Proposal) -> Iterator[tuple[Pairs, Reading, str]]:
                 break
 
 
-def _images(shape: ImageShape, read: _Read | None) -> tuple[Images, bool]:
+def _images(shape: ImageShape, read: _Read | None, count: int) -> tuple[Images, bool]:
     """Images to run, and whether they are the user's own."""
     data = None if read is None else read(shape, 1)
-    if data is not None and len(data) >= _IMAGES // 2:
-        pixels = data[:_IMAGES].pixels()
+    if data is not None and len(data) >= _FEWEST:
+        pixels = data[:count].pixels()
         return (pixels - pixels.mean()) / pixels.std().clamp(min=1e-6), True
-    count = max(8, min(_IMAGES, _IMAGES * 32 * 32 // math.prod(shape[1:])))
     return drawn_images(shape, count), False
 
 
@@ -158,16 +166,16 @@ def _remembered(own: Own) -> _Read:
     return read
 
 
-def _by_labels(proposed: Sequence[Proposal], read: _Read) -> Confirmed | None:
+def _by_labels(proposed: Sequence[Proposal], read: _Read, count: int) -> Confirmed | None:
     """The reading with which the user's labelled images are classified best, and far above chance."""
     found: list[tuple[float, Confirmed]] = []
     for proposal in proposed:
         shape = proposal.reading.image_shape
         classes = [part.width for word, part in proposal.pairs if part is not None and word.weighted][-1]
         data = read(shape, classes)
-        if data is None or data.labels is None or len(data) < 20:
+        if data is None or data.labels is None or len(data) < _FEWEST_LABELLED:
             continue
-        data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[: 2 * _IMAGES]]
+        data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]]
         assert data.labels is not None
         chance = float(data.labels.bincount().max()) / len(data)
         for pairs, frame, _ in _frames(proposal):

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from unhorse.loading.chain_sizes import Pairs, Reading, readings
+from unhorse.loading.chain_sizes import Pairs, Reading, plain_readings
 from unhorse.loading.chains import assigned, whole
 from unhorse.loading.parts import Part, interchangeable, order_lost, parts_of
 from unhorse.models.chains import read_words
@@ -62,8 +62,8 @@ def _proposed(parts: Sequence[Part], image_shape: ImageShape | None) -> Iterator
             pairs = assigned(whole(read_words(" ".join(words))), ordered)
         except LoadRefused:
             return
-        for reading in readings(pairs, image_shape):
-            if reading.usual and (str(reading), reading.image_shape) not in seen:
+        for reading in plain_readings(pairs, image_shape):
+            if (str(reading), reading.image_shape) not in seen:
                 seen.add((str(reading), reading.image_shape))
                 yield Proposal(pairs, reading, numbered)
 
