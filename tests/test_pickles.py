@@ -11,6 +11,8 @@ import torch
 
 from peer_pickles import CALLS, calling, harmless_files, keras_model, split, tricks
 from unhorse.checks.inspection import check_task
+from unhorse.checks.pickle_machine import follow
+from unhorse.checks.pickle_values import UNRESOLVED, Global
 from unhorse.cli import run
 from unhorse.rulebook import RULES
 from unhorse.rules import LoadFailed, LoadRefused, Severity
@@ -47,6 +49,12 @@ def test_a_hidden_call_is_found(name: str) -> None:
     refusal = refusal_of(tricks()[name])
     assert refusal.rule == "LD205", refusal.reason
     assert "os.system" in refusal.reason or name == "getattr-of-a-module"
+
+
+@pytest.mark.parametrize("name", ["memo", "memo-with-gaps", "instance", "object", "frame-first"])
+def test_names_are_put_together_as_an_unpickler_does(name: str) -> None:
+    reading = follow(tricks()[name])
+    assert reading.uses[Global("os", "system")] >= {"call"} and UNRESOLVED not in reading.uses
 
 
 @pytest.mark.parametrize("name", HARMLESS)

@@ -44,6 +44,7 @@ BESIDE: dict[str, Any] = {
     "simple namespace": types.SimpleNamespace(a=1),
     "decimal": [decimal.Decimal("1.5"), uuid.UUID(int=1), slice(1), frozenset([1]), range(3)],
     "exception": ValueError("x"),
+    "classes": [np.float32, pathlib.PurePosixPath, argparse.Namespace],
 }
 PLAIN: dict[str, Any] = {
     "sizes": torch.Size([1, 2]),
