@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from collections import defaultdict
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
