@@ -51,6 +51,8 @@ def _bf16() -> str:
 
 def _sandbox() -> str:
     """The tier that a file opened here would be confined to."""
+    import tempfile
+
     import torch
     from safetensors.torch import save_file
 
@@ -69,6 +71,8 @@ def _sandbox() -> str:
 
 def _extras() -> dict[str, list[str]]:
     """The libraries that each extra for users asks for."""
+    from importlib import metadata
+
     needed: dict[str, list[str]] = defaultdict(list)
     for requirement in metadata.requires("unhorse") or []:
         asked = re.fullmatch(r"([\w.-]+).*extra == ['\"](\w+)['\"].*", requirement)
@@ -78,6 +82,8 @@ def _extras() -> dict[str, list[str]]:
 
 
 def _extra(name: str, needed: list[str]) -> str:
+    from importlib import metadata
+
     present, absent = [], []
     for library in needed:
         try:
