@@ -29,8 +29,9 @@ def check_writable(files: Mapping[str, Path | None]) -> None:
         if path.is_dir():
             raise ValueError(f"{path} is a folder: {remedy}")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=path.parent):
+            # folders that are missing are made when there is something to write, and not before
+            present = next(folder for folder in path.absolute().parents if folder.exists())
+            with tempfile.NamedTemporaryFile(dir=present):
                 pass
         except OSError as error:
             raise ValueError(f"{path} cannot be written ({error.strerror or error}): {remedy}") from error
