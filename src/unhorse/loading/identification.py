@@ -36,7 +36,9 @@ def identify(
     weights: Mapping[str, Tensor], *, architecture: str = "auto", image_shape: ImageShape | None = None
 ) -> Identified:
     """The architecture whose names and shapes the weights have; or LoadRefused LD210 or LD211."""
-    names = list(ARCHITECTURES) if architecture == "auto" else [_known(architecture)]
+    names = [name for name, known in ARCHITECTURES.items() if not known.twin]
+    if architecture != "auto":
+        names = [_known(architecture)]
     sought = _Sought(_with_batch_counters(weights))
     for name in names:
         if found := sought.fit(name, image_shape):

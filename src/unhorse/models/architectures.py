@@ -14,14 +14,20 @@ from torch.overrides import TorchFunctionMode
 
 from unhorse.models.chains import CHAIN, chain
 from unhorse.models.cifar_networks import CIFAR_NETWORKS
+from unhorse.models.convnexts import CONVNEXTS
+from unhorse.models.densenets import DENSENETS
 from unhorse.models.efficientnet_lites import EFFICIENTNET_LITES
 from unhorse.models.efficientnets import EFFICIENTNETS
 from unhorse.models.graph import GRAPH, GraphNetwork
-from unhorse.models.mobilenets import MOBILENETS
+from unhorse.models.inceptions import INCEPTIONS
+from unhorse.models.mobilenets import MNASNETS, MOBILENETS
 from unhorse.models.narrow_resnets import NARROW_RESNETS
 from unhorse.models.registry import Architecture, ImageShape
+from unhorse.models.regnets import REGNETS
 from unhorse.models.resnets import RESNETS
 from unhorse.models.small_networks import SMALL_NETWORKS
+from unhorse.models.squeezenets import SHUFFLENETS, SQUEEZENETS
+from unhorse.models.swin_names import SWINS
 from unhorse.models.vggs import VGGS
 from unhorse.models.vision_transformers import VISION_TRANSFORMERS
 
@@ -34,9 +40,17 @@ ARCHITECTURES: dict[str, Architecture] = {
     **NARROW_RESNETS,
     **CIFAR_NETWORKS,
     **VGGS,
+    **DENSENETS,
+    **INCEPTIONS,
+    **SQUEEZENETS,
+    **SHUFFLENETS,
+    **REGNETS,
     **MOBILENETS,
+    **MNASNETS,
     **EFFICIENTNETS,
     **EFFICIENTNET_LITES,
+    **CONVNEXTS,
+    **SWINS,
     **VISION_TRANSFORMERS,
 }
 """Every known network by its name: torchvision's, with hyphens, where torchvision has it."""

@@ -6,10 +6,9 @@ import math
 from functools import partial
 
 from torch import Tensor, nn
-from torch.nn import functional
 
 from unhorse.models.efficientnets import EFFICIENT_STAGES
-from unhorse.models.layers import multiple_of_8
+from unhorse.models.layers import SameConvolution, multiple_of_8
 from unhorse.models.registry import IMAGENET, Architecture, ImageShape, Signs, assumed
 
 
@@ -24,7 +23,7 @@ class EfficientNetLite(nn.Module):
         self, num_classes: int, image_shape: ImageShape, *, wide: float = 1.0, deep: float = 1.0
     ) -> None:
         super().__init__()
-        self._conv_stem = _SameConvolution(image_shape[0], 32, 3, stride=2)
+        self._conv_stem = SameConvolution(image_shape[0], 32, 3, stride=2)
         self._bn0 = nn.BatchNorm2d(32, eps=1e-3)
         blocks, before = [], 32
         for place, (expansion, size, stride, width, repeats) in enumerate(EFFICIENT_STAGES):
@@ -35,7 +34,7 @@ class EfficientNetLite(nn.Module):
                 )
                 before = after
         self._blocks = nn.ModuleList(blocks)
-        self._conv_head = _SameConvolution(before, 1280, 1)
+        self._conv_head = SameConvolution(before, 1280, 1)
         self._bn1 = nn.BatchNorm2d(1280, eps=1e-3)
         self._activation, self._dropout = nn.ReLU6(), nn.Dropout(0.2)
         self._fc = nn.Linear(1280, num_classes)
@@ -55,11 +54,11 @@ class _LiteBlock(nn.Module):
         super().__init__()
         inner = before * expansion
         if expansion > 1:
-            self._expand_conv = _SameConvolution(before, inner, 1)
+            self._expand_conv = SameConvolution(before, inner, 1)
             self._bn0 = nn.BatchNorm2d(inner, eps=1e-3)
-        self._depthwise_conv = _SameConvolution(inner, inner, size, stride=stride, groups=inner)
+        self._depthwise_conv = SameConvolution(inner, inner, size, stride=stride, groups=inner)
         self._bn1 = nn.BatchNorm2d(inner, eps=1e-3)
-        self._project_conv = _SameConvolution(inner, after, 1)
+        self._project_conv = SameConvolution(inner, after, 1)
         self._bn2 = nn.BatchNorm2d(after, eps=1e-3)
         self._activation = nn.ReLU6()
         self.expands, self.skips = expansion > 1, stride == 1 and before == after
@@ -71,19 +70,6 @@ class _LiteBlock(nn.Module):
         out = self._activation(self._bn1(self._depthwise_conv(out)))
         out = self._bn2(self._project_conv(out))
         return images + out if self.skips else out
-
-
-class _SameConvolution(nn.Conv2d):
-    """Without bias, padded as TensorFlow's "same": of an odd number of rows the larger part goes below."""
-
-    def __init__(self, before: int, after: int, size: int, *, stride: int = 1, groups: int = 1) -> None:
-        super().__init__(before, after, size, stride=stride, groups=groups, bias=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        size, stride = self.kernel_size[0], self.stride[0]
-        rows, columns = (max(0, (-side % stride) + size - stride) for side in images.shape[2:])
-        around = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
-        return super().forward(functional.pad(images, around) if any(around) else images)
 
 
 def _lite(wide: float, deep: float, side: int) -> Architecture:

@@ -78,7 +78,7 @@ class Architecture:
     """How to build a network, the image shape and normalisation that are usual for it, and its signs.
 
     `options` names what may be chosen: a card from elsewhere can set nothing more. `family` is what error
-    messages list it under.
+    messages list it under. One with the tensors of its `twin` is taken only where the user names it.
     """
 
     network: Callable[..., nn.Module]
@@ -87,6 +87,7 @@ class Architecture:
     normal: Normal = Normal()
     options: tuple[str, ...] = ()
     family: str = ""
+    twin: str = ""
 
 
 def fixed(side: int) -> Callable[[State], tuple[int, bool]]:

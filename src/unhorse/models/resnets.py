@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unhorse.models.layers import require_depths
 from unhorse.models.registry import IMAGENET, Architecture, ImageShape, Naming, Signs, State, assumed
 
 
@@ -175,6 +176,7 @@ def _small_resnet_options(state: State) -> dict[str, object]:
 _CIFAR = Naming(((r"\bshortcut\.", "downsample."), (r"^linear\.", "fc.")))
 _RESNET18 = partial(ResNet, block=BasicBlock, layers=(2, 2, 2, 2))
 _RESNET50 = partial(ResNet, block=Bottleneck, layers=(3, 4, 6, 3))
+_RESNET101 = partial(ResNet, block=Bottleneck, layers=(3, 4, 23, 3))
 # for images of 32 and 64 pixels, of which the ImageNet stem would leave too little
 _NO_REDUCTION: dict[str, Any] = {"small_stem": True, "max_pool": False}
 
@@ -183,9 +185,29 @@ def _signs(side: int, *namings: Naming) -> Signs:
     return Signs("conv1.weight", "fc.weight", assumed(side), namings=namings)
 
 
+def _reader(network: partial[ResNet]) -> Callable[[State], dict[str, object]]:
+    """Reads the options; ValueError where the blocks are others than those of the network."""
+    bottleneck = network.keywords["block"] is Bottleneck
+
+    def read(state: State) -> dict[str, object]:
+        depths = enumerate(network.keywords["layers"], 1)
+        require_depths(state, {f"layer{place}.{{}}.conv1.weight": depth for place, depth in depths})
+        if ("layer1.0.conv3.weight" in state) != bottleneck:
+            raise ValueError("the blocks are of the other kind")
+        return _options(state)
+
+    return read
+
+
 def _torchvision(network: partial[ResNet]) -> Architecture:
-    signs = Signs("conv1.weight", "fc.weight", _side, _options, (_CIFAR,))
+    signs = Signs("conv1.weight", "fc.weight", _side, _reader(network), (_CIFAR,), ("layer4.0.conv1.weight",))
     return Architecture(network, (3, 224, 224), signs, IMAGENET, ("small_stem", "max_pool"), "resnet")
+
+
+def _wide(network: partial[ResNet], family: str, **widths: int) -> Architecture:
+    signs = Signs("conv1.weight", "fc.weight", _side, _reader(network), (_CIFAR,), ("layer4.0.conv1.weight",))
+    options = ("stem", "small_stem", "max_pool")
+    return Architecture(partial(network, **widths), (3, 224, 224), signs, IMAGENET, options, family)
 
 
 RESNETS = {
@@ -210,12 +232,11 @@ RESNETS = {
     "resnet18": _torchvision(_RESNET18),
     "resnet34": _torchvision(partial(ResNet, block=BasicBlock, layers=(3, 4, 6, 3))),
     "resnet50": _torchvision(_RESNET50),
-    "resnext50-32x4d": Architecture(
-        partial(_RESNET50, groups=32, width_per_group=4),
-        (3, 224, 224),
-        _signs(224),
-        IMAGENET,
-        ("stem",),
-        "resnext",
-    ),
+    "resnet101": _torchvision(_RESNET101),
+    "resnet152": _torchvision(partial(ResNet, block=Bottleneck, layers=(3, 8, 36, 3))),
+    "resnext50-32x4d": _wide(_RESNET50, "resnext", groups=32, width_per_group=4),
+    "resnext101-32x8d": _wide(_RESNET101, "resnext", groups=32, width_per_group=8),
+    "resnext101-64x4d": _wide(_RESNET101, "resnext", groups=64, width_per_group=4),
+    "wide-resnet50-2": _wide(_RESNET50, "wide-resnet", width_per_group=128),
+    "wide-resnet101-2": _wide(_RESNET101, "wide-resnet", width_per_group=128),
 }
