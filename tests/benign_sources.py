@@ -16,9 +16,13 @@ os.environ["KERAS_BACKEND"] = "torch"  # before anything imports Keras
 
 CLASSES = 10
 BATCH = 2
+# of the families of large networks a few small members; tests/test_families.py has the others
+_SMALL = {"resnet18", "resnet34", "resnet50", "resnext50-32x4d", "vgg16", "vit-b-16", "mobilenet-v2"}
+_SMALL |= {"efficientnet-b0", "mobilenet-v3-small", "squeezenet1-1", "shufflenet-v2-x0-5", "regnet-x-400mf"}
 SHAPES: dict[str, tuple[int, int, int]] = {
     name: (3, 64, 64) if known.image_shape[1] > 64 else known.image_shape
     for name, known in ARCHITECTURES.items()
+    if name in _SMALL or known.family == "efficientnet-lite" or known.image_shape[1] < 224
 } | {"vit-b-16": (3, 32, 32)}
 LARGE = ("vgg16", "vit-b-16")  # 300 to 500 MB each
 EXPORTED = ("small-cnn", "ulp-vgg", "preact-resnet18", "resnet18", "mobilenet-v2", "efficientnet-b0")

@@ -71,7 +71,9 @@ def of_transformers(twin: Twin) -> tuple[nn.Module, dict[str, Tensor]]:
 
 def joined(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Query, key and value under one another, as they stand in the published files; no bias means zeros."""
-    done = {name: tensor for name, tensor in state.items() if not re.search(r"[._][qkv]_(weight|bias)$", name)}
+    done = {
+        name: tensor for name, tensor in state.items() if not re.search(r"[._][qkv]_(weight|bias)$", name)
+    }
     for name in state:
         if name.endswith((".q_weight", "_q_weight")):
             start = name.removesuffix("q_weight")
@@ -103,9 +105,11 @@ def _convnext_places(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _efficient_places(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Blocks are numbered through; B0 has 1, 2, 2, 3, 3, 4 and 1 of them. Without expansion, one entry less."""
+    """Blocks are numbered through; B0 has 1, 2, 2, 3, 3, 4, 1 of them. Without expansion, one entry less."""
     placed = {}
-    of_block = [(stage, index) for stage, count in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for index in range(count)]
+    of_block = [
+        (stage, index) for stage, count in enumerate((1, 2, 2, 3, 3, 4, 1), 1) for index in range(count)
+    ]
     for name, tensor in state.items():
         if match := re.fullmatch(r"block(\d+)\.(\d)(.+)", name):
             stage, index = of_block[int(match[1])]
@@ -126,7 +130,10 @@ def _mobile_places(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 _TRANSFORMER: Renames = (
     *((r"^(?:vit|deit)\.", ""), (r"^embeddings\.cls_token", "class_token")),
-    *((r"^embeddings\.distillation_token", "dist_token"), (r"^embeddings\.position_e.*", "encoder.pos_embedding")),
+    *(
+        (r"^embeddings\.distillation_token", "dist_token"),
+        (r"^embeddings\.position_e.*", "encoder.pos_embedding"),
+    ),
     (r"^embeddings\.patch_embeddings\.projection\.", "conv_proj."),
     (r"^layers\.(\d+)\.", r"encoder.layers.encoder_layer_\1."),
     (r"\.attention\.([qkv])_proj\.", r".self_attention.in_proj_\1_"),
@@ -158,7 +165,11 @@ _CONVNEXT: Renames = (
     *((r"^layernorm\.", "classifier.0."), (r"^classifier\.(?=weight|bias)", "classifier.2.")),
 )
 _REGNET: Renames = (
-    *((r"^regnet\.embedder\.embedder\.", "stem."), (r"\.convolution\.", ".0."), (r"\.normalization\.", ".1.")),
+    *(
+        (r"^regnet\.embedder\.embedder\.", "stem."),
+        (r"\.convolution\.", ".0."),
+        (r"\.normalization\.", ".1."),
+    ),
     (
         r"^regnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.",
         lambda found: f"trunk_output.block{int(found[1]) + 1}.block{int(found[1]) + 1}-{found[2]}.",  # type: ignore[dict-item]
@@ -168,7 +179,10 @@ _REGNET: Renames = (
     *((r"\.layer\.[23]\.", ".f.c."), (r"^classifier\.1\.", "fc.")),
 )
 _RESNET: Renames = (
-    *((r"^resnet\.embedder\.embedder\.convolution\.", "conv1."), (r"^resnet\.embedder\.embedder\.n.*?\.", "bn1.")),
+    *(
+        (r"^resnet\.embedder\.embedder\.convolution\.", "conv1."),
+        (r"^resnet\.embedder\.embedder\.n.*?\.", "bn1."),
+    ),
     (
         r"^resnet\.encoder\.stages\.(\d)\.layers\.",
         lambda found: f"layer{int(found[1]) + 1}.",  # type: ignore[dict-item]
@@ -192,9 +206,18 @@ _EFFICIENT: Renames = (
 )
 _MOBILE: Renames = (
     *((r"^mobilenet_v2\.", ""), (r"^conv_stem\.first_conv\.convolution\.", "features.0.0.")),
-    *((r"^conv_stem\.first_conv\.n[a-z]*\.", "features.0.1."), (r"^conv_stem\.conv_3x3\.c[a-z]*\.", "features.1.conv.0.0.")),
-    *((r"^conv_stem\.conv_3x3\.n[a-z]*\.", "features.1.conv.0.1."), (r"^conv_stem\.reduce_1x1\.c[a-z]*\.", "features.1.conv.1.")),
-    *((r"^conv_stem\.reduce_1x1\.n[a-z]*\.", "features.1.conv.2."), (r"^conv_1x1\.c[a-z]*\.", "features.18.0.")),
+    *(
+        (r"^conv_stem\.first_conv\.n[a-z]*\.", "features.0.1."),
+        (r"^conv_stem\.conv_3x3\.c[a-z]*\.", "features.1.conv.0.0."),
+    ),
+    *(
+        (r"^conv_stem\.conv_3x3\.n[a-z]*\.", "features.1.conv.0.1."),
+        (r"^conv_stem\.reduce_1x1\.c[a-z]*\.", "features.1.conv.1."),
+    ),
+    *(
+        (r"^conv_stem\.reduce_1x1\.n[a-z]*\.", "features.1.conv.2."),
+        (r"^conv_1x1\.c[a-z]*\.", "features.18.0."),
+    ),
     *((r"^conv_1x1\.n[a-z]*\.", "features.18.1."), (r"^layer\.(\d+)\.", r"layer\1.")),
     *((r"\.expand_1x1\.c[a-z]*\.", ".0.0."), (r"\.expand_1x1\.n[a-z]*\.", ".0.1.")),
     *((r"\.conv_3x3\.c[a-z]*\.", ".1.0."), (r"\.conv_3x3\.n[a-z]*\.", ".1.1.")),
@@ -225,7 +248,14 @@ TWINS = (
     ),
     Twin("resnet50", "ResNet", {}, _RESNET, 70),
     Twin("resnet101", "ResNet", {"depths": [3, 4, 23, 3]}, _RESNET, 70),
-    Twin("mobilenet-v2", "MobileNetV2", {"tf_padding": False, "layer_norm_eps": 1e-5}, _MOBILE, 70, _mobile_places),
+    Twin(
+        "mobilenet-v2",
+        "MobileNetV2",
+        {"tf_padding": False, "layer_norm_eps": 1e-5},
+        _MOBILE,
+        70,
+        _mobile_places,
+    ),
     Twin(
         "tf-efficientnet-b0",
         "EfficientNet",
