@@ -18,7 +18,9 @@ from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.margins import unfit, unreadable
+from unhorse.scanners.norms import norm, quantile
 from unhorse.scanners.readings import Readings
+from unhorse.scanners.two_classes import TwoClasses
 
 CARD = "generalist.json"
 FALSE_POSITIVES, CORROBORATED = 0.05, 0.2
@@ -37,9 +39,6 @@ SHORT = {
 """What the tests are called among facts."""
 COUNTS = {TOWARDS: 1.0, PERMUTED: 1.0, APART: 0.5, SUNK: 1.0}
 """How much a normed number counts: benign networks have the third far out more often than the others."""
-CENTRE, RIM = 0.5, 0.95
-"""Quantiles of benign models that become 0 and 1."""
-LEAST_WIDTH = 1e-3
 TITLE = "Four tests: the score is the logarithm of the mean of e to what counts"
 
 
@@ -56,8 +55,8 @@ class Generalist:
     of the mean of e to the numbers so normed, of which the third counts half.
     `threshold` is the 95 % quantile of those models' scores, and `corroborated` their 80 % quantile: it takes
     the place of the threshold where a trigger was demonstrated. With a `reference` of benign models p-values
-    of 0.05 and 0.2 decide instead.
-    UNDECIDED: fewer than 3 classes, no stand-ins, or `budget` seconds are over.
+    of 0.05 and 0.2 decide instead. Networks of two classes have tests and norms of their own: `pair`.
+    UNDECIDED: one class, no stand-ins, or `budget` seconds are over.
     """
 
     outlier: ActivationOutlier = field(default_factory=ActivationOutlier)
@@ -72,6 +71,7 @@ class Generalist:
     budget: float | None = None
     seed: int = 0
     reference: Reference | None = field(default=None, repr=False)
+    pair: TwoClasses = field(default_factory=TwoClasses)
 
     name = "generalist"
 
@@ -82,7 +82,8 @@ class Generalist:
         """
         card = json.loads(resources.files("unhorse.scanners").joinpath(CARD).read_text("utf-8"))
         learned = {name: card[name] for name in ("norms", "threshold", "corroborated")}
-        return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **learned, **fields)
+        pair = TwoClasses(**{name: card["two classes"][name] for name in ("norms", "threshold", "auroc")})
+        return cls(outlier=ActivationOutlier(search=EFFORTS[effort].search), **learned, pair=pair, **fields)
 
     # --- over many models -----------------------------------------------------------------------------------
 
@@ -109,10 +110,10 @@ class Generalist:
             raise ValueError("no benign models: thresholds are made of their scores")
         weights = [1 / names.count(name) for name in names]
         numbers = [_numbers(Readings.read(each)) for each in calm]
-        self.norms = {test: _norm([each[test] for each in numbers], weights) for test in self.norms}
+        self.norms = {test: norm([each[test] for each in numbers], weights) for test in self.norms}
         scores, stranger = self.scores(calm).tolist(), max(weights)  # which weighs, too (split conformal)
-        self.threshold = _quantile(scores, weights, 1 - FALSE_POSITIVES, stranger)
-        self.corroborated = _quantile(scores, weights, 1 - CORROBORATED, stranger)
+        self.threshold = quantile(scores, weights, 1 - FALSE_POSITIVES, stranger)
+        self.corroborated = quantile(scores, weights, 1 - CORROBORATED, stranger)
         return self
 
     @property
@@ -143,6 +144,8 @@ class Generalist:
         """Judges `model`; clean images, if given, serve the demonstration of a trigger. `on_step` hears
         (passes done, passes at most, what is going on).
         """
+        if model.num_classes == 2:
+            return self._pair().scan(model, clean, on_step=on_step)
         started, mine = time.monotonic(), self.search.passes(model.num_classes)
         heard = _Steps(on_step, mine)
         outlier = replace(self._outlier(), budget=self.budget)
@@ -162,6 +165,8 @@ class Generalist:
 
     def measure(self, model: Classifier) -> ScanResult:
         """The score alone, without demonstration and so without a verdict: what references are made of."""
+        if model.num_classes == 2:
+            return self._pair().measure(model)
         clock = Countdown(budget=self.budget, phase="finding margins")
         try:
             evidence = self._evidence(model, clock)
@@ -176,7 +181,8 @@ class Generalist:
     def estimate(self, model: Classifier) -> float:
         """Seconds that a scan of `model` will take."""
         margins = sum(self._outlier().passes(model.num_classes)) / 2
-        return self._outlier().estimate(model) * (1 + self.search.passes(model.num_classes) / margins)
+        mine = self.pair.passes() if model.num_classes == 2 else self.search.passes(model.num_classes)
+        return self._outlier().estimate(model) * (1 + mine / margins)
 
     def _evidence(self, model: Classifier, clock: Countdown) -> Evidence:
         if reason := unfit(model):
@@ -190,6 +196,9 @@ class Generalist:
 
     def _outlier(self) -> ActivationOutlier:
         return replace(self.outlier, seed=self.seed, threshold=inf)
+
+    def _pair(self) -> TwoClasses:
+        return replace(self.pair, budget=self.budget, seed=self.seed, reference=self.reference)
 
     def _search(self) -> EvidenceSearch:
         return self.search.seeded(self.seed)
@@ -257,26 +266,6 @@ def _numbers(readings: Readings) -> dict[str, float]:
 
 def _counted(normed: Mapping[str, float]) -> dict[str, float]:
     return {test: COUNTS[test] * number for test, number in normed.items()}
-
-
-def _norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:
-    """Centre and width of benign models' numbers."""
-    centre, rim = (_quantile(numbers, weights, share) for share in (CENTRE, RIM))
-    return centre, max(rim - centre, LEAST_WIDTH)
-
-
-def _quantile(
-    numbers: Sequence[float], weights: Sequence[float], share: float, further: float = 0.0
-) -> float:
-    """The least of the numbers that, with those below it, has that share of all weight and of a `further` one
-    above them all.
-    """
-    total, reached = share * (sum(weights) + further), 0.0
-    for number, weight in sorted(zip(numbers, weights, strict=True)):
-        reached += weight
-        if reached >= total - 1e-9:
-            return number
-    return max(numbers)
 
 
 class _Steps:

@@ -187,13 +187,13 @@ def start_images(model: Classifier, count: int, seed: int) -> Images:
     return (levels[:, None, None, None] + noise).to(model.mean.device)
 
 
-def unfit(model: Classifier) -> str:
+def unfit(model: Classifier, least: int = 3) -> str:
     """Why no outlier among its classes can be looked for; empty if one can."""
     hidden = [line for line in model.assumptions if line.startswith(HIDDEN)]
     if hidden:
         return hidden[0].removeprefix(HIDDEN).strip()
-    if model.num_classes < 3:
-        return f"{model.num_classes} class(es): an outlier needs 3 or more; check --classes"
+    if model.num_classes < least:
+        return f"{model.num_classes} class(es): an outlier needs {least} or more; check --classes"
     return ""
 
 

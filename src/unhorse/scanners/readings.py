@@ -86,7 +86,7 @@ class Readings(NamedTuple):
 
     def record(self) -> dict[str, Any]:
         """For JSON: all of it, to DIGITS digits."""
-        return {name: _rounded(values.tolist()) for name, values in self._asdict().items()}
+        return {name: rounded(values.tolist()) for name, values in self._asdict().items()}
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Readings:
@@ -111,7 +111,8 @@ def lead_of_others(logits: Logits, labels: Labels) -> Float[Tensor, " n"]:
     return -lead_of(logits, labels)
 
 
-def _rounded(values: Any) -> Any:
+def rounded(values: Any) -> Any:
+    """Numbers, in lists of lists, to DIGITS digits; whole ones as they are."""
     if isinstance(values, list):
-        return [_rounded(value) for value in values]
+        return [rounded(value) for value in values]
     return values if isinstance(values, int) else float(f"{values:.{DIGITS}g}")
