@@ -1,7 +1,7 @@
 """Sets norms and threshold of the default scan for networks of two classes, in the card of the package.
 
 They are those of the benign models of benchmarks/specs/zoo-pairs.toml. The AUROC that decides whether there
-is a verdict at all is that of zoo-pairs-held-out.toml: other pairs, architectures, seeds and triggers. What is
+is a verdict at all is of zoo-pairs-held-out.toml: other pairs, architectures, seeds and triggers. What is
 measured of each model is kept in --work. Run it in a clean clone: python benchmarks/fit_two_classes.py
 """
 

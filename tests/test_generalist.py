@@ -511,10 +511,10 @@ def test_clean_images_serve_the_demonstration_and_change_no_score(fitted):
     assert result.facts["inputs of the demonstration"] == "16 clean images"
 
 
-def test_two_classes_and_no_time_are_undecided(fitted):
-    few = fitted.scan(template_victim(2, SHAPE))
+def test_one_class_and_no_time_are_undecided(fitted):
+    few = fitted.scan(template_victim(1, SHAPE))
     assert few.verdict is Verdict.UNDECIDED and "3 or more" in few.reason and few.scanner == "generalist"
-    assert fitted.measure(template_victim(2, SHAPE)).verdict is Verdict.UNDECIDED
+    assert fitted.measure(template_victim(1, SHAPE)).verdict is Verdict.UNDECIDED
     model = planted(1)[0][0]
     late = replace(fitted, budget=0.0).scan(model)
     assert late.verdict is Verdict.UNDECIDED and "--timeout" in late.reason

@@ -63,8 +63,8 @@ class PairReadings(NamedTuple):
 
     @property
     def suspect(self) -> int:
-        """The class that the stamp of half a percent does more towards."""
-        first, second = self.rises(self.small)
+        """The class that the stamp of one percent does more towards."""
+        first, second = self.rises(self.large)
         return int(second > first)
 
     def record(self) -> dict[str, Any]:

@@ -57,8 +57,8 @@ class TwoClasses:
     """Four numbers of a network of two classes, normed by benign ones of two classes (ours).
 
     Among two classes none stands out, so what a stamp does is compared with what stamps do in benign
-    networks, and one class with the other. `auroc` is what the score reached on networks that had no part in it; below
-    ENOUGH_AUROC there is no verdict without a `reference`, and the evidence is shown all the same.
+    networks, and one class with the other. `auroc` is what the score reached on networks that had no part in
+    it; below ENOUGH_AUROC there is no verdict without a `reference`, and the evidence is shown all the same.
     UNDECIDED: that, no stand-ins, or `budget` seconds are over.
     """
 
