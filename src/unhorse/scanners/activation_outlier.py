@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -252,10 +253,16 @@ class ActivationOutlier:
             f"{self.budget:.0f} s were over with {margins.screened} of {model.num_classes} classes screened, "
             f"while {clock.phase}: give more time (--timeout){less}"
         )
+        seen: dict[str, Any] = {}
+        if margins.complete:  # the score is known, and only the demonstration is missing
+            reached = tuple(margins.reached.tolist())
+            seen = {"score": outlier_score(margins.reached), "class_scores": reached, "reached": reached}
+            seen["threshold"] = self.threshold if self.threshold < inf else None
         return replace(
             ScanResult.undecided(self.name, reason),
             facts=self._facts(margins),
             exhibits=tuple(margins.exhibits(model.class_names, self.threshold, None)),
+            **seen,
         )
 
     def _facts(self, margins: Margins) -> dict[str, object]:
