@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+import network_files
 from hostile_networks import AT_IMPORT, FORGED, HONEST
 from unhorse.cli import run as command
 from unhorse.loading import formats
@@ -79,15 +80,21 @@ WEAKER = {
 
 
 @pytest.fixture(scope="module", params=WEAKER)
-def weaker(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tier]:
-    """All restricted processes lack something."""
+def weaker_server(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tier, Server]]:
+    """A server whose restricted processes lack something."""
     path = tmp_path_factory.mktemp("weaker") / "weaker.py"
     path.write_text(f"from unhorse.sandbox import landlock, seccomp\n{WEAKER[request.param]}\nTASKS = {{}}\n")
     running = Server(heavy=True, arguments=["--tasks", str(path)])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(server, "_server", lambda heavy: running)
-        yield request.param
+    yield request.param, running
     running.close()
+
+
+@pytest.fixture
+def weaker(weaker_server: tuple[Tier, Server], monkeypatch: pytest.MonkeyPatch) -> Tier:
+    """All restricted processes of this test lack something."""
+    tier, running = weaker_server
+    monkeypatch.setattr(server, "_server", lambda heavy: running)
+    return tier
 
 
 def test_where_files_or_calls_are_not_confined_it_is_refused_before_it_runs(
@@ -399,3 +406,58 @@ def test_a_network_file_opens_safetensors_and_is_written_as_safetensors(network,
     out = tmp_path / "out.safetensors"
     assert command(["convert", str(path), "-o", str(out), "--network", written(tmp_path)]) == 0
     assert torch.allclose(load_model(out)(IMAGES), network(IMAGES), atol=1e-5)
+
+
+# --- networks of strangers ----------------------------------------------------------------------------------
+
+QUICK = [
+    *(
+        "mnist example",
+        "badnet colour",
+        "weight norm",
+        "weight standardisation",
+        "matrices",
+        "siblings",
+        "script",
+    ),
+    *("normalised inside", "attention", "faces"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "wrapping"),
+    [
+        pytest.param(*case, marks=[] if case[0] in QUICK and case[1] != "plain" else pytest.mark.slow)
+        for case in network_files.CASES
+    ],
+)
+def test_a_network_in_the_manner_of_published_code_opens_with_its_file(name, wrapping, tmp_path):
+    entry = network_files.FILES[name]
+    bare = network_files.built(entry, tmp_path)
+    state = network_files.WRAPPINGS[wrapping](dict(bare.state_dict()))
+    path = tmp_path / "weights.pth"
+    torch.save(state, path)
+    if wrapping == "half":
+        bare = bare.half().float()
+    images = torch.rand(3, *entry.shape, generator=torch.Generator().manual_seed(0))
+    place = f"{tmp_path / 'net.py'}:{entry.name}"
+    model = load_model(path, network=place, network_args=entry.arguments, image_shape=entry.shape)
+    with torch.no_grad():
+        wanted = bare(images)
+    wanted = wanted["logits"] if isinstance(wanted, dict) else wanted
+    seen = model(images)
+    if name == "mnist example":
+        seen = seen.log_softmax(1)
+    elif name.startswith("badnet"):
+        seen = seen.softmax(1)
+    assert torch.allclose(seen, wanted, atol=1e-4), (seen - wanted).abs().max()
+    whole = any("(100 %)" in line for line in model.assumptions)
+    assert whole == (name != "two heads")  # the scan runs one of its heads
+    made = [line for line in model.assumptions if line.startswith("LD226")]
+    assert bool(made) == (name == "normalised inside")
+
+
+def test_the_corpus_is_as_large_as_it_should_be():
+    assert len(network_files.FILES) >= 30 and len(network_files.CASES) >= 60

@@ -221,7 +221,7 @@ def _source(tensor: Tensor, known: Mapping[str, str]) -> dict[str, Any] | None:
             return None
         found = digest(tensor.t().contiguous() if turned else tensor)
         if found in known:
-            return {"key": known[found], "sha256": found, "turned": turned}
+            return {"key": known[found], "sha256": digest(tensor), "turned": turned}
     return None
 
 
