@@ -6,6 +6,7 @@ import os
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from unhorse.rules import LoadFailed, LoadRefused
@@ -20,6 +21,14 @@ def read_all(files: list[BinaryIO], options: dict[str, Any]) -> Result:
     texts = [file.read().decode() for file in files]
     facts = {"process": os.getpid(), "server": os.getppid(), "torch": "torch" in sys.modules}
     return {"texts": texts, "echo": options.get("echo"), **facts}, b"blob"
+
+
+def surroundings(files: list[BinaryIO], options: dict[str, Any]) -> Result:
+    """What the process can find out about who asks."""
+    numbered = [Path(f"/proc/self/fd/{file.fileno()}") for file in files]
+    links = [str(link.readlink()) for link in numbered if link.is_symlink()]
+    told = {name: value for name, value in options.items() if name != "progress"}
+    return {"folder": str(Path.cwd()), "environment": dict(os.environ), "links": links, "options": told}, b""
 
 
 def count_down(files: list[BinaryIO], options: dict[str, Any]) -> Result:
@@ -76,6 +85,7 @@ def allocate_tensor(files: list[BinaryIO], options: dict[str, Any]) -> Result:
 
 
 TASKS = {
+    "surroundings": surroundings,
     **{"read_all": read_all, "count_down": count_down, "refuse": refuse, "fail": fail, "wait": wait},
     **{"break_down": break_down, "chatter": chatter, "make_blob": make_blob, "compute": compute},
     "allocate_tensor": allocate_tensor,

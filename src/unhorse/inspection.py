@@ -13,7 +13,7 @@ from unhorse import jobs
 from unhorse.checks.expectations import Facts
 from unhorse.loading.listing import Looked
 from unhorse.loading.network_code import require_confinement
-from unhorse.loading.sources import opened
+from unhorse.loading.sources import NAMELESS, opened
 from unhorse.report import Report, ScannedModel
 from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.sandbox import server
@@ -66,7 +66,10 @@ class _Look:
             with opened(self.path) as source:
                 seen = replace(seen, sha256=source.sha256, size=source.size, format=source.format)
                 source.check()
-                options = {"name": source.names[0], "names": list(source.names[1:])}
+                options = {
+                    "name": source.names[0] if source.kind is None else NAMELESS,
+                    "names": list(source.names[1:]),
+                }
                 if not self.loading.get("network"):  # with one, the file alone need not be a network
                     parcel = server.run("check", source.files, options, heavy=False, limits=_LIMITS)
                     seen = _described(seen, Facts.from_json(parcel.document["facts"]), parcel.tier)

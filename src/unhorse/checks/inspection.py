@@ -47,6 +47,9 @@ def check(stream: BinaryIO, kind: Format, beside: Mapping[str, BinaryIO], name: 
             check_carrier(stream, kind, name)
         facts = check_onnx(stream, beside) if kind is Format.ONNX else _CHECKS[kind](stream)
         if CONFIG in beside:
+            for other, file in beside.items():
+                if not other.endswith(".json"):
+                    check(file, sniff(file), {}, other)
             facts = _together(facts, check_huggingface(beside))
         return facts
     except (LoadRefused, LoadFailed):

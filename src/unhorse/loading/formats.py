@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import safetensors
 from safetensors.torch import load as parse_safetensors
@@ -18,25 +18,19 @@ from unhorse.checks.sniff import Format
 from unhorse.checks.weight_files import check_safetensors
 from unhorse.core import Classifier
 from unhorse.loading.assembly import Said, contradiction, graph_classifier, overridden
+from unhorse.loading.cards import Weights, described
 from unhorse.loading.network_code import NetworkCode, read_network
-from unhorse.loading.networks import Found, each, in_file, single
+from unhorse.loading.networks import Found, distinct_models, each, in_file, single
 from unhorse.loading.own_networks import own_networks
 from unhorse.loading.sources import Source, opened
 from unhorse.loading.tensors import check_tensors
-from unhorse.models.classifier import CARD_FILE, WEIGHTS_FILE, classifier_from_card, weights_hash
+from unhorse.models.classifier import WEIGHTS_FILE
 from unhorse.models.registry import ImageShape
 from unhorse.rules import LoadFailed, LoadRefused
 from unhorse.sandbox import server
 from unhorse.sandbox.confinement import Limits
 
 HERE = "here"
-
-
-class Weights(NamedTuple):
-    """The checked tensors of a file and the text beside them."""
-
-    tensors: dict[str, Tensor]
-    metadata: dict[str, str]
 
 
 class Opened(NamedTuple):
@@ -150,19 +144,59 @@ def read(
         where = f"in the sandbox ({tier}), with {said.network.file}:{said.network.name}"
     elif source.kind is Format.SAFETENSORS:
         found, where = _from_safetensors(source, said), HERE
+    elif len(source.sets) > 1:
+        found, where = _from_sets(source, said, progress)
     else:
-        parcel = server.run(
-            "read",
-            source.files,
-            source.options() | said.for_readers(),
-            heavy=True,
-            limits=_limits(source.size),
-            progress=progress,
-        )
-        where = f"in the sandbox ({parcel.tier})"
-        found = _from_parcel(source, parcel, said)
+        found, where = _in_sandbox(source, said, source.files, source.options(), progress)
+    source.verify()
     networks = tuple(_overridden(one, said) for one in found)
     return Networks(networks, source.format, source.sha256, source.size, where, time.monotonic() - started)
+
+
+def _in_sandbox(
+    source: Source,
+    said: Said,
+    files: Sequence[BinaryIO],
+    options: Mapping[str, object],
+    progress: Callable[[str], None] | None,
+) -> tuple[list[Found], str]:
+    """What a restricted child makes of files, and where that was."""
+    parcel = server.run(
+        "read",
+        files,
+        {**options, **said.for_readers()},
+        heavy=True,
+        limits=_limits(source.size),
+        progress=progress,
+    )
+    found = _from_parcel(source, parcel, said)
+    for one in found:
+        if source.left_out and one.model is not None:
+            note = (
+                f"MD306 left out of the folder: {', '.join(source.left_out)}, which the index does not name"
+            )
+            one.model.assumptions = (*one.model.assumptions, note)
+    return found, f"in the sandbox ({parcel.tier})"
+
+
+def _from_sets(source: Source, said: Said, progress: Callable[[str], None] | None) -> tuple[list[Found], str]:
+    """The network of each set of weights in a folder, under the name of its first file; equal ones once."""
+    found: list[Found] = []
+    where = ""
+    for names in source.sets:
+        if said.key not in (None, names[0]):
+            continue
+        files, listed = source.parts(names)
+        options = source.options() | {"names": listed}
+        try:
+            each_found, where = _in_sandbox(source, replace(said, key=None), files, options, progress)
+            found += [one._replace(key=names[0]) for one in each_found]
+        except (LoadRefused, LoadFailed) as error:
+            found.append(Found(names[0], None, error))
+    if not found:
+        keys = ", ".join(names[0] for names in source.sets)
+        raise contradiction(f"the folder has no weights called {said.key!r}", f"it has {keys}")
+    return distinct_models(found), where
 
 
 def _overridden(found: Found, said: Said) -> Found:
@@ -186,7 +220,7 @@ def _from_safetensors(source: Source, said: Said) -> list[Found]:
     weights = _safetensors(source.files[0].read(), source.path.name)
     found = in_file({"": weights.tensors})
     file = source.path / WEIGHTS_FILE if source.path.is_dir() else source.path
-    model = _described(file, weights._replace(tensors=found[0].tensors) if len(found) == 1 else weights)
+    model = described(file, weights._replace(tensors=found[0].tensors) if len(found) == 1 else weights)
     if model is None:
         return each({"": weights.tensors}, said, Facts(), remarks(weights.metadata))
     if said.layers is not None:
@@ -247,39 +281,6 @@ def _weak_tier(tier: str) -> str:
     return (
         f"MD304 this system has no Landlock: the file was opened under {tier} only; use Linux 5.13 or later"
     )
-
-
-def _described(file: Path, weights: Weights) -> Classifier | None:
-    """The classifier of the card beside the file or in its metadata; None where there is neither."""
-    beside = file.with_name(CARD_FILE)
-    try:
-        if beside.is_file():
-            model = _from_card(
-                json.loads(beside.read_text(encoding="utf-8")), weights, required=file.name == WEIGHTS_FILE
-            )
-            if model is not None:
-                return model
-        if "unhorse" in weights.metadata:
-            return _from_card(json.loads(weights.metadata["unhorse"]), weights, required=True)
-    except (OSError, ValueError, RecursionError) as error:
-        remedy = "remove the card and name the architecture with --arch"
-        raise LoadRefused(
-            "LD212", f"the card of {file.name} is not usable ({_first_line(error)})", remedy
-        ) from error
-    return None
-
-
-def _from_card(card: object, weights: Weights, *, required: bool) -> Classifier | None:
-    """A card beside a file of another name counts only if it describes exactly these weights."""
-    if not isinstance(card, dict) or "architecture" not in card:
-        return None
-    if required:
-        return classifier_from_card(card, weights.tensors)
-    try:
-        model = classifier_from_card(card, weights.tensors)
-    except ValueError:
-        return None
-    return model if weights_hash(model) == card.get("weights_hash") else None
 
 
 def _first_line(error: BaseException) -> str:

@@ -56,22 +56,30 @@ def _json(beside: Mapping[str, BinaryIO], name: str) -> dict[str, Any]:
 
 
 def _tensors(beside: Mapping[str, BinaryIO]) -> dict[str, Tensor]:
-    """All weights of the folder: safetensors, in one file or several, or else pytorch_model.bin."""
+    """All weights that are given: safetensors or pickles of torch.save, in one file or several."""
     tensors: dict[str, Tensor] = {}
     for name in sorted(beside):
-        if name.endswith(".safetensors"):
-            data = beside[name].read()
-            weight_files.check_safetensors(data)
-            part = check_tensors(parse_safetensors(data), len(data))
-            if twice := sorted(part.keys() & tensors.keys()):
-                raise LoadRefused("LD209", f"two files of the folder have {twice[0]!r}", _REMEDY)
-            tensors |= part
-    if not tensors and "pytorch_model.bin" in beside:
-        found = checkpoint(beside["pytorch_model.bin"]).networks
-        tensors = dict(found.get("") or next(iter(found.values())))
+        if name.endswith(".json"):
+            continue
+        part = _part(name, beside[name])
+        if twice := sorted(part.keys() & tensors.keys()):
+            raise LoadRefused("LD209", f"two files of the folder have {twice[0]!r}", _REMEDY)
+        tensors |= part
     if not tensors:
         raise LoadRefused("LD202", "the folder has no weights", "add model.safetensors to it")
     return tensors
+
+
+def _part(name: str, stream: BinaryIO) -> dict[str, Tensor]:
+    if name.endswith(".safetensors"):
+        data = stream.read()
+        weight_files.check_safetensors(data)
+        return check_tensors(parse_safetensors(data), len(data))
+    found = checkpoint(stream).networks
+    if len(found) > 1:
+        what = f"{name} holds {len(found)} networks, under {', '.join(found)}"
+        raise LoadRefused("LD228", what, f"give {name} itself, with --key")
+    return dict(next(iter(found.values())))
 
 
 def _filled(config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Any:

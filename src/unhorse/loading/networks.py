@@ -14,7 +14,9 @@ from unhorse.core import Classifier
 from unhorse.loading.assembly import Said, contradiction, identified
 from unhorse.loading.containers import is_layer
 from unhorse.loading.prefixes import Part, distinct, parts, readings
-from unhorse.rules import LoadFailed, LoadRefused
+from unhorse.models.classifier import weights_hash
+from unhorse.rulebook import RULES
+from unhorse.rules import LoadFailed, LoadRefused, Severity
 
 # what is trained beside a classifier and judges no image, unless it turns out to be a classifier that opens
 _NO_CLASSIFIER = re.compile(
@@ -93,9 +95,26 @@ def each(
     return found
 
 
+def distinct_models(found: Sequence[Found]) -> list[Found]:
+    """Without networks whose weights agree bit for bit with those of another; a note names them."""
+    kept: list[Found] = []
+    for one in found:
+        for first in kept:
+            if one.model and first.model and weights_hash(one.model) == weights_hash(first.model):
+                note = f"MD306 the network is there twice, bit for bit: {first.key} and {one.key}"
+                first.model.assumptions = (*first.model.assumptions, note)
+                break
+        else:
+            kept.append(one)
+    return [kept[0]._replace(key="")] if len(kept) == 1 else kept
+
+
 def single(found: Sequence[Found]) -> Found:
     """The one network that is meant; LD228 where that is not clear, naming the keys."""
     first = found[0]
+    for one in found:  # a file that is hostile is no matter of choosing
+        if one.error is not None and RULES[one.error.rule].severity is Severity.HIGH:
+            raise one.error
     if len(found) > 1 and any(one.model is not None for one in found):
         keys = ", ".join(one.key or "(none)" for one in found)
         what = f"the file holds {len(found)} different networks, under the keys {keys}"

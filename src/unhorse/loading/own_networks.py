@@ -22,7 +22,7 @@ from unhorse.loading.assembly import Said, graph_classifier
 from unhorse.loading.network_code import NetworkCode, require_confinement, unconfined
 from unhorse.loading.network_reading import digest
 from unhorse.loading.networks import Found
-from unhorse.loading.sources import Source
+from unhorse.loading.sources import NAMELESS, Source
 from unhorse.loading.tensors import check_tensors
 from unhorse.models.graph import computed
 from unhorse.rules import LoadFailed, LoadRefused
@@ -68,7 +68,7 @@ def own_networks(
     code = said.network
     assert code is not None
     require_confinement(code)
-    options: dict[str, object] = {"format": str(source.kind), "names": [source.names[0]]}
+    options: dict[str, object] = {"format": str(source.kind), "names": [NAMELESS]}
     own = server.run("tensors", source.files[:1], options, heavy=True, limits=limits, progress=progress)
     facts, tensors = Facts.from_json(own.document["facts"]), _parsed(own.blob)
     asked = options | {"network": code.to_json()} | said.for_readers()

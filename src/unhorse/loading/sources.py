@@ -1,4 +1,4 @@
-"""Opens the files of a model once, so that what is hashed and checked is what is read."""
+"""Opens the files of a model and takes them down as they are, so that what is hashed is what is read."""
 
 from __future__ import annotations
 
@@ -14,20 +14,23 @@ from typing import BinaryIO
 from unhorse.checks import weight_files
 from unhorse.checks.onnx_outline import external_names, is_plain
 from unhorse.checks.sniff import EXPORT_REMEDY, Format, refusal, sniff
-from unhorse.loading import archived
+from unhorse.loading import archived, hub_folders, snapshots
 from unhorse.rules import LoadFailed, LoadRefused
 
 FOLDER = "folder"
 HUGGING_FACE = "Hugging Face folder"
+NAMELESS = "the file"
 FOLDER_MARKS = ("card.json", "config.json")
 """A folder without one of these is no model as a whole."""
-_CONFIGURATION = ("config.json", "preprocessor_config.json", "model.safetensors.index.json")
-_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The open files of one model: the model first, then those beside it; `sha256` is over all of them."""
+    """The open files of one model: the model first, then those beside it; `sha256` is over all of them.
+
+    They are copies in memory, which nobody else can write, unless `kept` is false. A Hugging Face folder may
+    have its weights twice: `sets` are the files of each. `left_out` are weights that its index does not name.
+    """
 
     path: Path
     kind: Format | None
@@ -36,6 +39,9 @@ class Source:
     sha256: str
     size: int
     problem: LoadRefused | LoadFailed | None = None
+    sets: tuple[tuple[str, ...], ...] = ()
+    left_out: tuple[str, ...] = ()
+    kept: bool = True
 
     def check(self) -> None:
         """Raises what is already known to speak against the file."""
@@ -48,8 +54,26 @@ class Source:
         return HUGGING_FACE if self.kind is None else str(self.kind)
 
     def options(self) -> dict[str, object]:
-        """What a task is told of the files."""
-        return {"format": FOLDER if self.kind is None else str(self.kind), "names": list(self.names)}
+        """What a task is told of the files: no name that it does not need to find them by."""
+        if self.kind is None:
+            return {"format": FOLDER, "names": list(self.names)}
+        return {"format": str(self.kind), "names": [NAMELESS, *self.names[1:]]}
+
+    def parts(self, weights: Sequence[str]) -> tuple[list[BinaryIO], list[str]]:
+        """The files and names of one set of weights, and of the configuration."""
+        others = {name for names in self.sets for name in names} - set(weights)
+        chosen = [(f, name) for f, name in zip(self.files, self.names, strict=True) if name not in others]
+        chosen.sort(key=lambda pair: pair[1] not in weights)
+        return [file for file, _ in chosen], [name for _, name in chosen]
+
+    def verify(self) -> None:
+        """LoadFailed where a file that is too large to be copied was written since it was hashed."""
+        if (
+            not self.kept
+            and _sha256(self.names, [snapshots.digest(file) for file in self.files]) != self.sha256
+        ):
+            reason = f"{self.path.name} was written while it was read"
+            raise LoadFailed(reason, "let nothing write to it, and try again")
 
 
 @contextmanager
@@ -74,7 +98,24 @@ def opened(path: Path) -> Iterator[Source]:
         size = sum(os.fstat(file.fileno()).st_size for file in files)
         if size > weight_files.MAX_FILE_BYTES:
             raise LoadRefused("LD208", f"{path.name} has more than 4 GiB", EXPORT_REMEDY)
-        yield Source(path, kind, tuple(names), tuple(files), _sha256(names, files), size, problem)
+        taken = snapshots.taken(files, size)
+        for file in taken.files:
+            stack.enter_context(file)
+        if kind is not None:  # what was sniffed above may have been written since
+            kind, problem = _sniffed(taken.files[0], path.name)
+        sets, left_out = hub_folders.weights(folder) if kind is None else ((), ())
+        yield Source(
+            path=path,
+            kind=kind,
+            names=tuple(names),
+            files=tuple(taken.files),
+            sha256=_sha256(names, taken.digests),
+            size=taken.size,
+            problem=problem,
+            sets=sets,
+            left_out=left_out,
+            kept=taken.kept,
+        )
 
 
 def _sniffed(file: BinaryIO, name: str) -> tuple[Format, LoadRefused | LoadFailed | None]:
@@ -93,12 +134,9 @@ def _names(path: Path) -> tuple[list[str], Path]:
     if "card.json" in present and "model.safetensors" in present:
         return ["model.safetensors"], path
     if "config.json" in present:
-        shards = sorted(
-            name for name in present if name.startswith("model-") and name.endswith(".safetensors")
-        )
-        weights = [name for name in _WEIGHTS if name in present][:1] or shards
+        weights = [name for names in hub_folders.weights(path)[0] for name in names]
         if weights:
-            return [*weights, *(name for name in _CONFIGURATION if name in present)], path
+            return [*weights, *(name for name in hub_folders.CONFIGURATION if name in present)], path
     raise LoadRefused(
         "LD202",
         f"folder {path.name} has no model.safetensors with a card or config.json",
@@ -176,13 +214,8 @@ def _data_beside(model: BinaryIO, folder: Path) -> list[str]:
     return found
 
 
-def _sha256(names: Sequence[str], files: Sequence[BinaryIO]) -> str:
+def _sha256(names: Sequence[str], digests: Sequence[str]) -> str:
     """Of a single file its own; of several, that of a list of names and hashes."""
-    digests = []
-    for file in files:
-        file.seek(0)
-        digests.append(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
-        file.seek(0)
     if len(digests) == 1:
         return digests[0]
     listed = "".join(f"{digest}  {name}\n" for name, digest in sorted(zip(names, digests, strict=True)))

@@ -23,7 +23,7 @@ from unhorse.sandbox.confinement import LimitExceeded, Limits
 
 Progress = Callable[[str], None]
 
-_KEPT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "HOME")
+_KEPT = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "HOME")
 _SET = {
     **{"CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": "torch", "HF_HUB_OFFLINE": "1"},
     "TORCHINDUCTOR_CACHE_DIR": "/",  # torch makes it on import; where it exists already nothing is written
@@ -53,6 +53,9 @@ class Server:
     def __init__(self, *, heavy: bool, arguments: Sequence[str] = ()) -> None:
         self.socket, theirs = socket.socketpair()
         environment = {name: os.environ[name] for name in _KEPT if name in os.environ}
+        if places := environment.get("PYTHONPATH"):  # relative ones are so to the user's folder
+            absolute = [os.path.abspath(place) for place in places.split(os.pathsep)]  # noqa: PTH100
+            environment["PYTHONPATH"] = os.pathsep.join(absolute)
         command = [sys.executable, "-P", "-m", "unhorse.sandbox.worker", *arguments]
         with theirs:
             self.process = subprocess.Popen(
@@ -60,6 +63,7 @@ class Server:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
+                cwd="/",  # where it was started tells of the user
                 env={
                     "PYTHONUSERBASE": site.getuserbase(),
                     **environment,

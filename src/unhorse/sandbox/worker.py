@@ -31,6 +31,8 @@ from unhorse.sandbox.tasks import LIGHT, TASKS, Task
 
 STARTED = b"S"
 _ORPHAN_CHECK_MS = 2000
+# what Python and the loader have read already, and tells of the user's folders
+_USED = ("PYTHONPATH", "PYTHONUSERBASE", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 # libraries import these if they are there, which takes time, wants a cache to write to, or breaks
 _UNWANTED = ("matplotlib", "torchvision", "tensorflow", "jax")
 
@@ -43,6 +45,8 @@ def main() -> None:
     given = arguments.parse_args()
     readable = readable_paths()
     os.environ["HOME"] = "/nonexistent"  # what libraries look for at home would be there but out of reach
+    for name in _USED:
+        os.environ.pop(name, None)
     offered = _preload(given.heavy)
     if given.tasks:
         offered |= runpy.run_path(given.tasks)["TASKS"]
