@@ -466,9 +466,16 @@ def _add_onnx(corpus: Corpus) -> None:
     images = model(
         node("Flatten", ("x",), "f"), node(inputs=("f", "w")), tensors=(endless,), sides=(1, 1, 2, 2)
     )
-    corpus.add(
-        "onnx/infinite-weights", "LD207", images, caught="load"
-    )  # infinite minus infinite is not equal
+    corpus.add("onnx/infinite-weights", "LD207", images, caught="load")
+    numbers = model(
+        node("Sub", ("x", "x"), "nothing"),
+        node("Div", ("nothing", "nothing"), "d"),
+        node("Flatten", ("d",), "f"),
+        node(inputs=("f", "w")),
+        sides=(1, 1, 2, 2),
+    )
+    # its answers are no numbers, so they agree with nothing
+    corpus.add("onnx/nothing-by-nothing", "LD222", numbers, caught="load")
 
 
 def fill(corpus: Corpus) -> None:
