@@ -70,13 +70,15 @@ def quoted(path: str) -> str:
     return shlex.quote(f"./{path}" if path.startswith("-") else path)
 
 
-def remedy_of(rule: str, path: str, key: str = "") -> str:
-    """The remedy of a rule for one file, or for one of several networks in it."""
-    return RULES[rule].remedy.replace("PATH", _named(path, key))
+def remedy_of(rule: str, model: ScannedModel) -> str:
+    """The remedy of a rule for a model, as a command that opens it as it was opened."""
+    return RULES[rule].remedy.replace("PATH", _named(model))
 
 
-def _named(path: str, key: str) -> str:
-    return f"{quoted(path)} --key {shlex.quote(key)}" if key else quoted(path)
+def _named(model: ScannedModel) -> str:
+    """The path of a model and the flags that open it, as a shell takes them."""
+    key = f"--key {shlex.quote(model.key)}" if model.key else ""
+    return " ".join(filter(None, (quoted(model.path), key, model.flags)))
 
 
 # --- from the scan ------------------------------------------------------------------------------------------
@@ -126,11 +128,11 @@ def _past_threshold(model: ScannedModel, result: ScanResult) -> Finding:
     grades = (Confidence.LOW, Confidence.MEDIUM, Confidence.HIGH)
     confidence = grades[(model.verdict == "INFECTED") + (result.reference is not None)]
     where = "" if result.target is None else f"class {result.target}"
-    path = _named(model.path, model.key)
+    path = _named(model)
     if result.scanner == "neural-cleanse":
         remedy = f"unhorse scan {path} --scanner neural-cleanse --clean IMAGES --effort deep"
     else:
-        remedy = remedy_of("BD102", model.path, model.key)
+        remedy = remedy_of("BD102", model)
     return _finding(model, "BD102", message, confidence, where=where, remedy=remedy)
 
 
@@ -155,7 +157,7 @@ def _assumed(model: ScannedModel) -> Iterator[Finding]:
         where = subject[1] if subject else ""
         if found[1] == "MD306":
             where = found[2].partition(":")[0][:60]
-        path, remedy = _named(model.path, model.key), remedy_of(found[1], model.path, model.key)
+        path, remedy = _named(model), remedy_of(found[1], model)
         if found[1] == "MD301" and "size" in where:
             remedy = f"unhorse scan {path} --size HEIGHT WIDTH"
         elif found[1] == "MD301" and "layout" in where:
@@ -178,6 +180,4 @@ def _finding(
 ) -> Finding:
     behaviour = rule in ("BD101", "BD102")
     severity: Severity = model.severity if behaviour else RULES[rule].severity
-    return Finding(
-        rule, message, remedy or remedy_of(rule, model.path, model.key), severity, confidence, where
-    )
+    return Finding(rule, message, remedy or remedy_of(rule, model), severity, confidence, where)

@@ -41,7 +41,8 @@ class ScannedModel:
     `sha256` is of the file or of its weights, `size` in bytes; `error_rule` names the broken rule, for
     programs; `opened` says where and how the file was opened. `findings` are those that the file gave, to
     which `findings_of` adds those that follow from the rest. An `inspected` file was looked at and not run:
-    it has no result and is no failure for that. `key` says which of several networks of the file this is.
+    it has no result and is no failure for that. `key` says which of several networks of the file this is, and
+    `flags` are those of the command line that say how it is opened.
     """
 
     path: str
@@ -60,6 +61,7 @@ class ScannedModel:
     size: int = 0
     inspected: bool = False
     key: str = ""
+    flags: str = ""
 
     @property
     def name(self) -> str:

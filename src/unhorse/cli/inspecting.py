@@ -38,7 +38,7 @@ def inspect(
     from unhorse.inspection import inspect_models
     from unhorse.model_files import with_listing
 
-    deliver = delivery(output)
+    deliver = delivery(output, options.flags())
     loading = {} if options == AS_THE_FILE_SAYS else options.loading()
     found = listing(paths, files, output)
     report = inspect_models(found.models, found.looked, loading=loading, workers=jobs, command=command_line())

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -47,6 +48,18 @@ class ModelOptions:
         bool, Parameter(help="Run it also where the sandbox is weaker than Landlock with seccomp.")
     ] = False
     key: Annotated[str | None, Parameter(help="Which of several networks in the file.")] = None
+
+    def flags(self) -> str:
+        """The flags that were given, as a shell takes them, for a command that opens the same model."""
+        given: list[str] = []
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value == entry.default:
+                continue
+            given.append("--" + entry.name.replace("_", "-"))
+            if value is not True:
+                given += map(str, value if isinstance(value, tuple) else (value,))
+        return shlex.join(given)
 
     def loading(self) -> dict[str, Any]:
         """As arguments of survey.load; the network file is read here, and not run."""

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,9 +60,10 @@ def _print_and_save(result: Report, files: Mapping[str, Path | None]) -> None:
             say(f"written: {path}")
 
 
-def delivery(options: ReportOptions) -> Callable[[Report], int]:
+def delivery(options: ReportOptions, flags: str = "") -> Callable[[Report], int]:
     """Gives a function that prints and writes a report and returns the exit code, what is suppressed not
-    counted. Configuration, baseline and places to write to are tried at once: an error costs no scan.
+    counted. `flags` said how the models were opened: remedies repeat them. Configuration, baseline and places
+    to write to are tried at once: an error costs no scan.
     """
     from unhorse import suppression
 
@@ -73,7 +75,8 @@ def delivery(options: ReportOptions) -> Callable[[Report], int]:
     def deliver(result: Report) -> int:
         from unhorse import report
 
-        result = suppression.apply(result, config, baseline)
+        models = tuple(replace(model, flags=flags) for model in result.models)
+        result = suppression.apply(replace(result, models=models), config, baseline)
         _print_and_save(result, options.files())
         if result.interrupted:
             say(INTERRUPTED)

@@ -67,7 +67,7 @@ def scan(  # noqa: PLR0913 - one parameter per flag
     """Say whether models are trojaned, with evidence; no training data needed."""
     from unhorse.model_files import prepare, with_listing
 
-    deliver = delivery(output)
+    deliver = delivery(output, options.flags())
     found = listing(paths, files, output)
     models = [*found.models, *(Path(looked.path) for looked in found.looked)]
     names = None if labels is None else read_class_names(labels)
