@@ -5,7 +5,6 @@ are the job's own, atomically renamed files: any engine goes on where another wa
 from __future__ import annotations
 
 import copy
-import os
 import sys
 import time
 import traceback
@@ -235,11 +234,10 @@ def internal_error(what: str, error: BaseException | None) -> str:
     """Words for an error that `what` ended with: it is ours, so no model is blamed, and our file is named."""
     if isinstance(error, WorkerDied):
         return f"{what} broke off: {error}"
-    package = f"{os.sep}unhorse{os.sep}"
+    package = Path(__file__).parent
     frames = traceback.extract_tb(None if error is None else error.__traceback__)
-    places = [f"{frame.filename.rpartition(package)[2]}:{frame.lineno}" for frame in frames]
-    ours = [place for frame, place in zip(frames, places, strict=True) if package in frame.filename]
-    where = f", at unhorse{os.sep}{ours[-1]}" if ours else ""
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(package)]
+    where = f", at {Path(ours[-1].filename).relative_to(package.parent)}:{ours[-1].lineno}" if ours else ""
     return (
         f"{what} broke off by a fault of unhorse or its installation, not of the model "
         f"({type(error).__name__}: {error}{where}): install it again, or report this line"
