@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from conftest import TemplateNetwork, board
-from unhorse.core import Classifier, Dataset, ImageGrid, Reference, Table, Verdict
+from unhorse.core import Classifier, Dataset, ImageGrid, Reference, ScanResult, Table, Verdict
 from unhorse.scanners.activation_outlier import ActivationOutlier
 from unhorse.scanners.generalist import Generalist
+from unhorse.scanners.norms import unlike
 from unhorse.scanners.pair_readings import APART, PAIR_TESTS, SMALL, SUNK, UNEQUAL, PairReadings
 from unhorse.scanners.stamps import StampSearch
 from unhorse.scanners.stand_ins import StandInSearch
@@ -153,3 +154,19 @@ def test_the_shipped_scan_has_norms_for_two_classes():
     assert shipped.estimate(pair(0)) > 0
     judged = replace(shipped, pair=replace(HASTY, norms=shipped.pair.norms), seed=3).scan(pair(0))
     assert judged.scanner == "generalist" and judged.score is not None
+
+
+def test_a_score_that_alone_reports_a_network_says_what_it_was_not_normed_on(fitted):
+    model = pair(21)
+    alone = replace(fitted, threshold=-10.0).scan(model)
+    assert alone.verdict is Verdict.SUSPICIOUS and not alone.triggers
+    assert any("two classes" in warning and "--reference" in warning for warning in alone.warnings)
+    assert not any("only the score" in warning for warning in fitted.scan(model).warnings)
+
+
+@pytest.mark.parametrize(("side", "warned"), [(32, False), (64, True)])
+def test_a_score_of_larger_images_than_those_of_the_norms_is_warned_of(side, warned):
+    network = nn.Sequential(nn.Flatten(), nn.Linear(side * side, 3))
+    model = Classifier(network, image_shape=(1, side, side), class_names=["a", "b", "c"])
+    result = unlike(model, ScanResult(Verdict.SUSPICIOUS, "generalist", score=2.0, threshold=1.0))
+    assert any(f"{side}x{side}" in warning for warning in result.warnings) == warned

@@ -18,7 +18,7 @@ from unhorse.scanners.activation_outlier import EFFORTS, ActivationOutlier
 from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import Evidence, EvidenceSearch, Unreadable
 from unhorse.scanners.margins import unfit, unreadable
-from unhorse.scanners.norms import norm, quantile
+from unhorse.scanners.norms import norm, quantile, unlike
 from unhorse.scanners.readings import Readings
 from unhorse.scanners.screening import Screening
 from unhorse.scanners.two_classes import TwoClasses
@@ -237,7 +237,7 @@ class Generalist:
             for test, norm in self.norms.items()
         )
         table = Table(TITLE, ("asked", "number", "benign median", "width", "normed", "counts"), rows)
-        return replace(
+        result = replace(
             first,
             verdict=verdict,
             scanner=self.name,
@@ -256,6 +256,7 @@ class Generalist:
             exhibits=(*first.exhibits, *exhibits, table),
             warnings=(*judgement.warnings, *(() if self.reference else first.warnings)),
         )
+        return unlike(model, result)
 
     def _out_of_time(self, first: ScanResult, clock: Countdown) -> ScanResult:
         reason = f"{self.budget:.0f} s were over while {clock.phase}"

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import log
 
 import torch
+
+from unhorse.core import Classifier, ScanResult, Verdict
 
 Norms = Mapping[str, tuple[float, float]]
 """Centre and width of each number among benign models."""
@@ -13,6 +16,8 @@ Norms = Mapping[str, tuple[float, float]]
 CENTRE, RIM = 0.5, 0.95
 """Quantiles of benign models that become 0 and 1."""
 LEAST_WIDTH = 1e-3
+LARGEST_SIDE = 32
+"""Pixels: no network of larger images had a part in the norms of the card."""
 
 
 def normed_by(norms: Norms, numbers: Mapping[str, float]) -> dict[str, float]:
@@ -24,6 +29,24 @@ def soft_maximum(numbers: Mapping[str, float]) -> float:
     """The logarithm of the mean of e to the numbers."""
     values = torch.tensor(list(numbers.values())).double()
     return float(values.logsumexp(0)) - log(len(values))
+
+
+def unlike(model: Classifier, result: ScanResult) -> ScanResult:
+    """With a warning where the score alone reports a network that is unlike those of the norms."""
+    if result.verdict is not Verdict.SUSPICIOUS or result.triggers or result.reference:
+        return result
+    height, width = model.image_shape[1:]
+    if model.num_classes == 2:
+        what = "it has two classes, and the norms are those of 60 small networks that we trained"
+    elif max(height, width) > LARGEST_SIDE:
+        what = f"its images are {height}x{width}, and the norms are those of networks of at most 32x32"
+    else:
+        return result
+    warning = (
+        f"only the score speaks against this model: {what}. Benign classifiers of such a kind were reported, "
+        "too (docs/verdicts.md): compare with benign models of your own (--reference)"
+    )
+    return replace(result, warnings=(*result.warnings, warning))
 
 
 def norm(numbers: Sequence[float], weights: Sequence[float]) -> tuple[float, float]:

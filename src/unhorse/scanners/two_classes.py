@@ -29,7 +29,7 @@ from unhorse.scanners.countdown import Countdown, OnScanStep, TimeUp
 from unhorse.scanners.evidence import FEW, SHOWN, Unreadable
 from unhorse.scanners.footprints import Inputs
 from unhorse.scanners.margins import unfit, unreadable
-from unhorse.scanners.norms import norm, normed_by, quantile, soft_maximum
+from unhorse.scanners.norms import norm, normed_by, quantile, soft_maximum, unlike
 from unhorse.scanners.optimisation import frozen
 from unhorse.scanners.pair_readings import PAIR_SHORT, PAIR_TESTS, PairReadings
 from unhorse.scanners.stamps import Stamps, StampSearch
@@ -208,7 +208,7 @@ class TwoClasses:
         if self.auroc < ENOUGH_AUROC and self.reference is None:
             verdict, reason = Verdict.UNDECIDED, self._no_verdict(score)
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
-        return ScanResult(
+        result = ScanResult(
             verdict,
             self.name,
             score=score,
@@ -229,6 +229,7 @@ class TwoClasses:
             warnings=judgement.warnings,
             reason=reason,
         )
+        return unlike(model, result)
 
     def _no_verdict(self, score: float) -> str:
         return (
