@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from conftest import TemplateNetwork, board
 from unhorse.core import Classifier, Dataset, ImageGrid, Reference, ScanResult, Table, Verdict
 from unhorse.scanners.activation_outlier import ActivationOutlier
+from unhorse.scanners.countdown import TimeUp
 from unhorse.scanners.generalist import Generalist
 from unhorse.scanners.norms import unlike
 from unhorse.scanners.pair_readings import APART, PAIR_TESTS, SMALL, SUNK, UNEQUAL, PairReadings
@@ -170,3 +171,16 @@ def test_a_score_of_larger_images_than_those_of_the_norms_is_warned_of(side, war
     model = Classifier(network, image_shape=(1, side, side), class_names=["a", "b", "c"])
     result = unlike(model, ScanResult(Verdict.SUSPICIOUS, "generalist", score=2.0, threshold=1.0))
     assert any(f"{side}x{side}" in warning for warning in result.warnings) == warned
+
+
+@pytest.mark.parametrize(("seed", "gate", "verdict"), [(24, 80.0, "SUSPICIOUS"), (21, 0.0, "UNDECIDED")])
+def test_time_that_ends_before_the_demonstration_leaves_the_score(fitted, seed, gate, verdict, monkeypatch):
+    def late(*given):
+        raise TimeUp
+
+    monkeypatch.setattr(TwoClasses, "_unseen", late)
+    result = replace(fitted, budget=600.0).scan(pair(seed, gate=gate))
+    assert str(result.verdict) == verdict and not result.triggers
+    assert result.score is not None and result.threshold == fitted.threshold
+    said = result.reason if verdict == "UNDECIDED" else " ".join(result.warnings)
+    assert "600 s were over" in said and "--timeout" in said

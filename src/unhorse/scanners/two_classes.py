@@ -115,6 +115,7 @@ class TwoClasses:
         clock = Countdown(
             self.passes() + sum(self.outlier.passes(2)) // 2, budget=self.budget, on_step=on_step
         )
+        evidence: PairEvidence | None = None
         try:
             evidence = self.evidence(model, clock)
             return self._judged(model, evidence, self._unseen(model, clean, clock))
@@ -122,7 +123,9 @@ class TwoClasses:
             return ScanResult.undecided(self.name, str(error))
         except TimeUp:
             reason = f"{self.budget:.0f} s were over while {clock.phase}: give more time (--timeout)"
-            return ScanResult.undecided(self.name, reason)
+            if evidence is None:
+                return ScanResult.undecided(self.name, reason)
+            return self._judged(model, evidence, None, reason)
 
     def measure(self, model: Classifier) -> ScanResult:
         """The score alone: what references are made of."""
@@ -193,13 +196,18 @@ class TwoClasses:
         with frozen(model, precision):
             return replace(self.stand_ins, seed=self.seed + 1).run(model, precision, clock).inputs
 
-    def _judged(self, model: Classifier, evidence: PairEvidence, unseen: Inputs) -> ScanResult:
+    def _judged(
+        self, model: Classifier, evidence: PairEvidence, unseen: Inputs | None, late: str = ""
+    ) -> ScanResult:
+        """The verdict; without `unseen` images, and `late` says why, nothing is demonstrated."""
         readings = evidence.readings
         numbers = readings.numbers()
         normed = normed_by(self.norms, numbers)
         score, suspect = soft_maximum(normed), readings.suspect
         judgement = judge(score, self.threshold, self.reference, alpha=FALSE_POSITIVES)
-        rates = [_flip_rate(model, unseen, evidence.stamps, target) for target in range(2)]
+        rates = [0.0, 0.0]
+        if unseen:
+            rates = [_flip_rate(model, unseen, evidence.stamps, target) for target in range(2)]
         trigger = ReconstructedTrigger(
             evidence.stamps.masks[suspect].cpu(), evidence.stamps.patterns[suspect].cpu(), rates[suspect]
         )
@@ -207,6 +215,9 @@ class TwoClasses:
         verdict, reason = Verdict.of(flagged=judgement.flagged, demonstrated=shown), ""
         if self.auroc < ENOUGH_AUROC and self.reference is None:
             verdict, reason = Verdict.UNDECIDED, self._no_verdict(score)
+        elif late and not judgement.flagged:
+            verdict = Verdict.UNDECIDED
+            reason = f"{late}. The score is known, {score:.2f} (threshold {self.threshold:.2f})"
         found = verdict in (Verdict.INFECTED, Verdict.SUSPICIOUS)
         result = ScanResult(
             verdict,
@@ -221,12 +232,12 @@ class TwoClasses:
             reference=self.reference,
             facts={
                 "stand-ins": len(readings.labels),
-                "flip rate": rates[suspect],
-                "flip rate of the other class's stamp": rates[1 - suspect],
+                "flip rate": rates[suspect] if unseen else None,
+                "flip rate of the other class's stamp": rates[1 - suspect] if unseen else None,
                 **{f"normed number of {PAIR_SHORT[test]}": number for test, number in normed.items()},
             },
             exhibits=(*_pictures(model, evidence), self._table(numbers, normed)),
-            warnings=judgement.warnings,
+            warnings=(*judgement.warnings, late) if late and not reason else judgement.warnings,
             reason=reason,
         )
         return unlike(model, result)
